@@ -1,0 +1,410 @@
+"""`AutoencoderKL`: images to normalised latents and back, through a diagonal Gaussian.
+
+Images in [-1, 1] enter `encode` and normalised latents leave; `decode` goes back. The latent scale and shift live here
+and nowhere else. Config fields and weight names are those of diffusers' class of this name. Source: LDM (Rombach et
+al. 2022, arXiv:2112.10752, section 3.1 and appendix G). Training objectives are in losses.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.gaussian import DiagonalGaussian
+from autoencoder.networks import ACTIVATIONS, Decoder, Encoder
+from autoencoder.tiling import tiled
+from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
+
+DEFAULT_SCALING_FACTOR = 0.18215
+MAX_CHANNELS, MAX_LEVELS, MAX_BLOCKS = 16384, 12, 64
+MIN_TILE_LATENTS = 64
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION_KEY = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+_ATTENTION_WEIGHT = re.compile(r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
+
+
+@dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """The fields of diffusers' `AutoencoderKL` config, with its defaults.
+
+    Normalised latents are z = (raw - shift) * scale with scale = scaling_factor, shift = shift_factor or 0; where
+    `latents_mean` and `latents_std` are given (one number per channel), scale = scaling_factor / std, shift = mean.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, ...] = 32
+    scaling_factor: float = DEFAULT_SCALING_FACTOR
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built, before anything is allocated."""
+        for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups"):
+            _whole(name, getattr(self, name), MAX_CHANNELS)
+        _whole("layers_per_block", self.layers_per_block, MAX_BLOCKS)
+        widths = self.block_out_channels
+        _check(0 < len(widths) <= MAX_LEVELS, "block_out_channels", widths, f"1 to {MAX_LEVELS} widths")
+        for width in widths:
+            _whole("block_out_channels", width, MAX_CHANNELS)
+            _check(
+                width % self.norm_num_groups == 0, "block_out_channels", widths, f"multiples of {self.norm_num_groups}"
+            )
+        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            types = getattr(self, name)
+            _check(types == (kind,) * len(widths), name, types, f"{len(widths)} times {kind!r}")
+        _check(self.act_fn in ACTIVATIONS, "act_fn", self.act_fn, f"one of {sorted(ACTIVATIONS)}")
+        sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
+        for size in sizes:
+            _whole("sample_size", size, 2**20)
+        _check(_positive(self.scaling_factor), "scaling_factor", self.scaling_factor, "a positive number")
+        shift = self.shift_factor
+        _check(shift is None or _finite(shift), "shift_factor", shift, "a finite number or null")
+        mean, std = self.latents_mean, self.latents_std
+        _check((mean is None) == (std is None), "latents_mean", mean, "given together with latents_std, or not at all")
+        for name, values, good in (("latents_mean", mean, _finite), ("latents_std", std, _positive)):
+            fits = values is None or (len(values) == self.latent_channels and all(map(good, values)))
+            _check(fits, name, values, f"{self.latent_channels} numbers, positive for the std")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: object) -> bool:
+    return _finite(value) and float(value) > 0  # type: ignore[arg-type]
+
+
+def _check(good: bool, name: str, value: object, allowed: str) -> None:
+    if not good:
+        raise LdmPipeError(f"{name} is {value!r}, allowed: {allowed}", "AutoencoderKL config")
+
+
+def _whole(name: str, value: object, largest: int) -> None:
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
+    _check(good, name, value, f"a whole number from 1 to {largest}")
+
+
+class AutoencoderKL(PretrainedModule):
+    """Encode images to normalised latents and decode them (LDM, arXiv:2112.10752).
+
+    Args:
+        config: the fields that shape the network.
+        extra: fields of a config file that are not ours; kept in `.config` and written again.
+    """
+
+    class_name = "AutoencoderKL"
+
+    def __init__(self, config: AutoencoderKLConfig, extra: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        shape = (config.block_out_channels, config.layers_per_block, config.norm_num_groups, config.act_fn)
+        attention, channels = config.mid_block_add_attention, config.latent_channels
+        self.encoder = Encoder(config.in_channels, 2 * channels, *shape, mid_attention=attention)
+        self.decoder = Decoder(channels, config.out_channels, *shape, mid_attention=attention)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        self._set_config(config, extra or {})
+        self._slicing = False
+        self._tile: tuple[int, int] | None = None  # side and overlap, in latents
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> AutoencoderKL:
+        """Build an autoencoder with random weights from a diffusers config.
+
+        A missing `scaling_factor` is 0.18215, as in the files that were written before the field existed.
+        Raises: LdmPipeError naming the field and what is allowed.
+        """
+        names = {field.name for field in fields(AutoencoderKLConfig)}
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
+        if known.get("scaling_factor", 0) is None:
+            del known["scaling_factor"]
+        for name in ("down_block_types", "up_block_types", "block_out_channels"):
+            _check(isinstance(known.get(name, ()), tuple), name, known.get(name), "a list")
+        return cls(AutoencoderKLConfig(**known), {k: v for k, v in config.items() if k not in names})
+
+    @classmethod
+    def rename_keys(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Map the attention's old names (query, key, value, proj_attn) and its 1x1 convolutions to linear layers."""
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if match := _OLD_ATTENTION_KEY.fullmatch(name):
+                name = f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}"
+            if _ATTENTION_WEIGHT.fullmatch(name) and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+                tensor = tensor[:, :, 0, 0]
+            renamed[name] = tensor
+        return renamed
+
+    # What the config says
+
+    @property
+    def factor(self) -> int:
+        """Return how many pixels one latent spans along a side."""
+        return 2 ** (len(self._fields.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Return the channels of z."""
+        return self._fields.latent_channels
+
+    @property
+    def scaling_factor(self) -> float:
+        """Return the config's scale of the normalised latents."""
+        return self._fields.scaling_factor
+
+    @property
+    def shift_factor(self) -> float:
+        """Return the config's shift of the raw latents, 0 where it has none."""
+        return self._fields.shift_factor or 0.0
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Return the weight that adaptive loss weights take gradients at."""
+        return self.decoder.conv_out.weight
+
+    def _set_config(self, config: AutoencoderKLConfig, extra: Mapping[str, Any]) -> None:
+        self._fields, self._extra = config, dict(extra)
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+        self.config = FrozenConfig({**listed, **self._extra})
+
+    # The two ways
+
+    def encode_moments(self, image: Tensor) -> DiagonalGaussian:
+        """Return q(raw latents | image), before normalisation.
+
+        Args:
+            image: (B, 3, H, W) in [-1, 1]; sides are multiples of the factor.
+        Returns: Gaussian of shape (B, C, H / f, W / f).
+        Raises: LdmPipeError if the size does not fit, or if numbers overflow and float32 does not cure it.
+        """
+        self._check_image(image)
+        moments = self._run(self._encoder, image, "the encoded image", Fraction(1, self.factor))
+        return DiagonalGaussian.from_moments(moments)
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Map an image to normalised latents z = (raw - shift) * scale (LDM, arXiv:2112.10752, appendix G).
+
+        Args:
+            image: (B, 3, H, W) in [-1, 1]; sides are multiples of the factor.
+            noise: unit Gaussian of z's shape to sample the posterior with; None takes its mode.
+        Returns: z, (B, C, H / f, W / f), in the dtype of the image.
+        """
+        posterior = self.encode_moments(image)
+        raw = posterior.mode() if noise is None else posterior.sample(noise)
+        scale, shift = self._scale_shift(raw)
+        return ((raw.float() - shift) * scale).to(image.dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map normalised latents to an image: decoder(z / scale + shift).
+
+        Args:
+            z: (B, C, h, w), normalised.
+        Returns: image (B, 3, f h, f w), about [-1, 1] but not clipped, in the dtype of z.
+        Raises: LdmPipeError if z has another shape, or if numbers overflow and float32 does not cure it.
+        """
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
+            raise LdmPipeError(
+                f"latents of shape {list(z.shape)}", "decode", f"Give (B, {self.latent_channels}, h, w)."
+            )
+        scale, shift = self._scale_shift(z)
+        raw = z.float() / scale + shift
+        return self._run(self._decoder, raw, "the decoded image", Fraction(self.factor)).to(z.dtype)
+
+    def forward(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruct an image, for training (wrappers such as DDP see only this).
+
+        Returns: the reconstruction (B, 3, H, W) and the posterior it was decoded from; normalisation plays no part.
+        """
+        self._check_image(image)
+        posterior = DiagonalGaussian.from_moments(self._encoder(self.dtype)(image.to(self.dtype)))
+        raw = posterior.mode() if noise is None else posterior.sample(noise)
+        return self._decoder(self.dtype)(raw), posterior
+
+    def _encoder(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Return image -> moments, in the dtype given."""
+        return _chain((self.encoder, self.quant_conv), dtype, self.dtype)
+
+    def _decoder(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Return raw latents -> image, in the dtype given."""
+        return _chain((self.post_quant_conv, self.decoder), dtype, self.dtype)
+
+    def _run(
+        self, build: Callable[[torch.dtype], Callable[[Tensor], Tensor]], x: Tensor, what: str, scale: Fraction
+    ) -> Tensor:
+        """Apply one half, in slices or tiles where asked; cure overflow of float16 by float32."""
+        dtype = self.dtype
+        upcast = dtype == torch.float16 and (self._fields.force_upcast or x.device.type == "cpu")
+        y = self._in_parts(build(torch.float32 if upcast else dtype), x.to(torch.float32 if upcast else dtype), scale)
+        if self.training or bool(torch.isfinite(y).all()):
+            return y
+        if not bool(torch.isfinite(x).all()):
+            raise LdmPipeError(
+                "NaN or infinity in the input", what, "What made these numbers failed, not the autoencoder."
+            )
+        if y.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+            raise LdmPipeError("NaN or infinity in the output, in float32", what, "The weights are damaged.")
+        warnings.warn(f"{what} overflowed in {y.dtype}; computing it again in float32", stacklevel=3)
+        with torch.autocast(x.device.type, enabled=False):
+            y = self._in_parts(build(torch.float32), x.float(), scale)
+        if not bool(torch.isfinite(y).all()):
+            raise LdmPipeError("NaN or infinity in the output, in float32 too", what, "The weights are damaged.")
+        return y
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, scale: Fraction) -> Tensor:
+        if self._slicing and x.shape[0] > 1:
+            return torch.cat([self._in_tiles(function, part, scale) for part in x.split(1)])
+        return self._in_tiles(function, x, scale)
+
+    def _in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, scale: Fraction) -> Tensor:
+        if self._tile is None:
+            return function(x)
+        tile, overlap = self._tile
+        unit = self.factor if scale < 1 else 1  # encoding: tiles of pixels begin at whole latents
+        if max(x.shape[2:]) <= tile * unit:
+            return function(x)
+        return tiled(function, x, tile=tile, overlap=overlap, scale=scale, unit=unit)
+
+    def _scale_shift(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        mean, std = self._fields.latents_mean, self._fields.latents_std
+        if mean is None or std is None:
+            return self.scaling_factor, self.shift_factor
+        mean_c, std_c = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
+        return self.scaling_factor / std_c, mean_c
+
+    def _check_image(self, image: Tensor) -> None:
+        channels, factor = self._fields.in_channels, self.factor
+        if image.ndim != 4 or image.shape[1] != channels:
+            raise LdmPipeError(
+                f"image of shape {list(image.shape)}", "encode", f"Give (B, {channels}, H, W) in [-1, 1]."
+            )
+        height, width = image.shape[2:]
+        if height % factor or width % factor or not height or not width:
+            near = [
+                sorted({max(side // factor, 1) * factor, -(-max(side, 1) // factor) * factor})
+                for side in (height, width)
+            ]
+            fix = (
+                f"Nearest heights: {' or '.join(map(str, near[0]))}; nearest widths: {' or '.join(map(str, near[1]))}."
+            )
+            raise LdmPipeError(f"image size {height}x{width}: sides must be multiples of {factor}", "encode", fix)
+
+    # Switches
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one image of a batch at a time, to save memory."""
+        self._slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches again."""
+        self._slicing = False
+
+    def enable_tiling(self, tile_size: int | None = None, overlap: float = 0.25) -> None:
+        """Encode and decode images larger than a tile in blended tiles, to bound memory.
+
+        Args:
+            tile_size: side of a tile in pixels, a multiple of the factor; None: the config's sample size, but at
+                least 64 latents.
+            overlap: share of a tile that neighbours have in common, in (0, 0.5].
+        """
+        if not 0.0 < overlap <= 0.5:
+            raise LdmPipeError(f"overlap {overlap}", "enable_tiling", "Give a share in (0, 0.5].")
+        if tile_size is None:
+            size = self._fields.sample_size
+            tile = max((max(size) if isinstance(size, tuple) else size) // self.factor, MIN_TILE_LATENTS)
+        elif tile_size % self.factor or tile_size < 4 * self.factor:
+            fix = f"Give a multiple of {self.factor}, at least {4 * self.factor}."
+            raise LdmPipeError(f"tile size {tile_size}", "enable_tiling", fix)
+        else:
+            tile = tile_size // self.factor
+        self._tile = (tile, max(round(tile * overlap), 1))
+
+    def disable_tiling(self) -> None:
+        """Encode and decode whole images again."""
+        self._tile = None
+
+    # The latent statistics
+
+    def set_latent_statistics(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
+        """Store measured statistics of the raw latents, so that z has mean 0 and variance 1 (LDM, appendix G).
+
+        Args:
+            mean: of the raw latents; a number, or one number per channel.
+            std: the same for the standard deviation.
+        """
+        if isinstance(mean, Sequence) != isinstance(std, Sequence):
+            raise LdmPipeError("mean and std differ in kind", "set_latent_statistics", "Give two numbers or two lists.")
+        values: dict[str, Any] = {
+            "latents_mean": None,
+            "latents_std": None,
+            "shift_factor": None,
+            "scaling_factor": 1.0,
+        }
+        if isinstance(mean, Sequence) and isinstance(std, Sequence):
+            values |= {"latents_mean": tuple(map(float, mean)), "latents_std": tuple(map(float, std))}
+        else:
+            _check(_positive(std), "std", std, "a positive number")
+            values |= {"shift_factor": float(mean) or None, "scaling_factor": 1.0 / float(std)}  # type: ignore[arg-type]
+        self._set_config(AutoencoderKLConfig(**{**asdict(self._fields), **values}), self._extra)
+
+    @torch.no_grad()
+    def fold_latent_shift(self) -> None:
+        """Move shift and per-channel statistics into the two 1x1 convolutions; only `scaling_factor` stays.
+
+        diffusers' StableDiffusionPipeline knows `scaling_factor` and ignores the rest. With mean m and std s,
+
+            raw' = (raw - m) / s:   W' = W / s, b' = (b - m) / s, log var' = log var - 2 log s   (quant_conv)
+            raw = s raw' + m:       W' = W diag(s), b' = b + W m                            (post_quant_conv)
+
+        which leaves `encode` and `decode` as they were, but for rounding.
+        Raises: LdmPipeError if the config has no 1x1 convolutions.
+        """
+        if self.quant_conv is None or self.post_quant_conv is None:
+            fix = "Build the autoencoder with use_quant_conv and use_post_quant_conv."
+            raise LdmPipeError("there is no 1x1 convolution to fold the shift into", "fold_latent_shift", fix)
+        channels, bias, inverse_bias = self.latent_channels, self.quant_conv.bias, self.post_quant_conv.bias
+        assert bias is not None and inverse_bias is not None
+        double: dict[str, Any] = {"dtype": torch.float64, "device": bias.device}
+        per_channel = self._fields.latents_mean, self._fields.latents_std
+        mean = torch.tensor(per_channel[0] or (self.shift_factor,) * channels, **double)
+        std = torch.tensor(per_channel[1] or (1.0,) * channels, **double)
+        weight, inverse = self.quant_conv.weight, self.post_quant_conv.weight
+        weight[:channels] = (weight[:channels].double() / std.view(-1, 1, 1, 1)).to(weight)
+        bias[:channels] = ((bias[:channels].double() - mean) / std).to(bias)
+        bias[channels:] = (bias[channels:].double() - 2.0 * std.log()).to(bias)
+        inverse_bias += (inverse[:, :, 0, 0].double() @ mean).to(bias)
+        inverse.copy_((inverse.double() * std.view(1, -1, 1, 1)).to(inverse))
+        none = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+        self._set_config(AutoencoderKLConfig(**{**asdict(self._fields), **none}), self._extra)
+
+
+def _chain(modules: Sequence[nn.Module | None], dtype: torch.dtype, present: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Compose modules, as they are or, for another dtype, as temporary copies (the model itself is never changed)."""
+    steps = [m if dtype == present else copy.deepcopy(m).to(dtype) for m in modules if m is not None]
+
+    def apply(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return apply

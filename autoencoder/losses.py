@@ -1,0 +1,167 @@
+"""The training objective of the autoencoder, as plain functions.
+
+Images, reconstructions and posteriors enter; scalars leave. Who steps which optimiser is not known here. Sources: VAE
+(arXiv:1312.6114), VQGAN (arXiv:2012.09841, eq. 5-7), LDM (arXiv:2112.10752, appendix G), LPIPS (arXiv:1801.03924).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from autoencoder.gaussian import DiagonalGaussian
+from ldm_pipe.pretrained import LdmPipeError
+
+Features = Callable[[Tensor], Sequence[Tensor]]
+"""Maps an image (B, 3, H, W) to feature maps (B, C_k, h_k, w_k), with gradient."""
+
+
+@dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Weigh the parts of the objective. All losses are per pixel and channel, so LDM's weights keep their meaning.
+
+    Args:
+        reconstruction: "l1" or "l2".
+        perceptual_weight: of the perceptual distance, 0 for none.
+        kl_weight: of the divergence; LDM: 1e-6.
+        adversarial_weight: factor on the adaptive weight; LDM: 0.5.
+        max_adaptive_weight: upper bound of the adaptive weight.
+    """
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-6
+    adversarial_weight: float = 0.5
+    max_adaptive_weight: float = 1e4
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words and negative weights."""
+        if self.reconstruction not in ("l1", "l2"):
+            raise LdmPipeError(f"reconstruction {self.reconstruction!r}", "autoencoder loss", "Give 'l1' or 'l2'.")
+        for name in ("perceptual_weight", "kl_weight", "adversarial_weight", "max_adaptive_weight"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                what = f"{name} is {getattr(self, name)!r}"
+                raise LdmPipeError(what, "autoencoder loss", "Give a finite number, at least 0.")
+
+
+def reconstruction_loss(image: Tensor, reconstruction: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
+    """Return the mean absolute ("l1") or squared ("l2") difference, a scalar."""
+    return F.l1_loss(reconstruction, image) if kind == "l1" else F.mse_loss(reconstruction, image)
+
+
+def perceptual_distance(features: Features, image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Compare feature maps (LPIPS, Zhang et al. 2018, arXiv:1801.03924, eq. 1, all channel weights 1).
+
+        d = sum_k mean_hw |f_k(image) / |f_k(image)| - f_k(rec) / |f_k(rec)||^2      (norms over channels)
+
+    Args:
+        features: maps an image to feature maps, with gradient.
+        image: the target (B, 3, H, W); no gradient flows to it.
+        reconstruction: (B, 3, H, W).
+    Returns: (B,).
+    Raises: LdmPipeError if the features cut the gradient of the reconstruction (a loss that trains nothing).
+    """
+    with torch.no_grad():
+        targets = features(image)
+    outputs = features(reconstruction)
+    if torch.is_grad_enabled() and reconstruction.requires_grad and not all(f.requires_grad for f in outputs):
+        fix = "Freeze the network's weights with requires_grad_(False) instead of torch.no_grad()."
+        raise LdmPipeError("the perceptual features cut the gradient", "perceptual_distance", fix)
+    distances = [
+        (_normalise(y) - _normalise(x)).square().sum(1).mean((1, 2)) for x, y in zip(targets, outputs, strict=True)
+    ]
+    return torch.stack(distances).sum(0)
+
+
+def _normalise(features: Tensor) -> Tensor:
+    # The bound inside the root keeps the gradient finite where all channels are 0.
+    return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-10)
+
+
+def adversarial_loss(discriminator: nn.Module, reconstruction: Tensor) -> Tensor:
+    """Return -mean D(reconstruction), the autoencoder's side of the hinge game (arXiv:1705.02894).
+
+    The discriminator's weights are constants here: this loss leaves no gradient in them.
+    """
+    constants = {name: p.detach() for name, p in discriminator.named_parameters()}
+    return -functional_call(discriminator, constants, (reconstruction,)).mean()
+
+
+def discriminator_loss(discriminator: nn.Module, image: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the discriminator's side of the hinge game (Lim & Ye 2017, arXiv:1705.02894; LDM's form with 1/2).
+
+        1/2 (mean max(0, 1 - D(image)) + mean max(0, 1 + D(reconstruction)))
+
+    The reconstruction is detached: no gradient reaches the autoencoder. Both halves pass in one batch, so that a
+    wrapper such as DDP sees one forward per backward.
+    """
+    logits = discriminator(torch.cat([image.detach(), reconstruction.detach().to(image.dtype)]))
+    real, fake = logits.chunk(2)
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def adaptive_weight(
+    reconstruction_term: Tensor, adversarial_term: Tensor, last_layer: Tensor, max_weight: float = 1e4
+) -> Tensor:
+    """Balance two losses by their gradients at the decoder's last layer (VQGAN, arXiv:2012.09841, eq. 7).
+
+        lambda = |grad reconstruction| / |grad adversarial|, at most max_weight
+
+    Returns: a scalar without gradient.
+    """
+    (wanted,) = torch.autograd.grad(reconstruction_term, last_layer, retain_graph=True)
+    (given,) = torch.autograd.grad(adversarial_term, last_layer, retain_graph=True)
+    # Far below any gradient that trains; the paper's 1e-6 would bias per-pixel losses.
+    ratio = wanted.float().norm() / (given.float().norm() + 1e-12)
+    return ratio.clamp(max=max_weight).detach()
+
+
+def autoencoder_loss(
+    image: Tensor,
+    reconstruction: Tensor,
+    posterior: DiagonalGaussian,
+    config: AutoencoderLossConfig,
+    *,
+    perceptual: Features | None = None,
+    discriminator: nn.Module | None = None,
+    last_layer: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the autoencoder's objective and its parts (LDM, arXiv:2112.10752, eq. 25).
+
+        L = |image - rec| + w_p d(image, rec) + w_kl KL / (C H W) + w_adv lambda (-mean D(rec))
+
+    Args:
+        image: (B, 3, H, W) in [-1, 1].
+        reconstruction: (B, 3, H, W).
+        posterior: the Gaussian that was decoded from.
+        config: the weights.
+        perceptual: image -> feature maps, with gradient; None: no such part.
+        discriminator: None before the adversarial part starts; not wrapped by DDP.
+        last_layer: weight of the decoder's last layer, needed with a discriminator.
+    Returns: the loss, and detached scalars "reconstruction", "perceptual", "kl" (nats per image), "adversarial",
+        "adaptive_weight" as far as they were computed.
+    """
+    image, reconstruction = image.float(), reconstruction.float()
+    term = reconstruction_loss(image, reconstruction, config.reconstruction)
+    parts = {"reconstruction": term.detach()}
+    if perceptual is not None and config.perceptual_weight > 0:
+        distance = perceptual_distance(perceptual, image, reconstruction).mean()
+        parts["perceptual"] = distance.detach()
+        term = term + config.perceptual_weight * distance
+    kl = posterior.kl().mean()
+    parts["kl"] = kl.detach()
+    loss = term + config.kl_weight * kl / image[0].numel()
+    if discriminator is not None and config.adversarial_weight > 0:
+        if last_layer is None:
+            raise LdmPipeError("a discriminator without last_layer", "autoencoder_loss", "Give autoencoder.last_layer.")
+        adversarial = adversarial_loss(discriminator, reconstruction)
+        weight = adaptive_weight(term, adversarial, last_layer, config.max_adaptive_weight)
+        parts |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
+        loss = loss + config.adversarial_weight * weight * adversarial
+    return loss, {**parts, "loss": loss.detach()}
