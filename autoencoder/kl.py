@@ -8,103 +8,30 @@ al. 2022, arXiv:2112.10752, section 3.1 and appendix G). Training objectives are
 from __future__ import annotations
 
 import copy
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autoencoder.config import AutoencoderKLConfig, check, is_positive
 from autoencoder.gaussian import DiagonalGaussian
-from autoencoder.networks import ACTIVATIONS, Decoder, Encoder
+from autoencoder.networks import Decoder, Encoder
 from autoencoder.tiling import tiled
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
 
-DEFAULT_SCALING_FACTOR = 0.18215
-MAX_CHANNELS, MAX_LEVELS, MAX_BLOCKS = 16384, 12, 64
 MIN_TILE_LATENTS = 64
+
+Build = Callable[[torch.dtype], Callable[[Tensor], Tensor]]
+"""Makes one half of the network in a dtype."""
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_KEY = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _ATTENTION_WEIGHT = re.compile(r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
-
-
-@dataclass(frozen=True)
-class AutoencoderKLConfig:
-    """The fields of diffusers' `AutoencoderKL` config, with its defaults.
-
-    Normalised latents are z = (raw - shift) * scale with scale = scaling_factor, shift = shift_factor or 0; where
-    `latents_mean` and `latents_std` are given (one number per channel), scale = scaling_factor / std, shift = mean.
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    act_fn: str = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, ...] = 32
-    scaling_factor: float = DEFAULT_SCALING_FACTOR
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-    force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be built, before anything is allocated."""
-        for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups"):
-            _whole(name, getattr(self, name), MAX_CHANNELS)
-        _whole("layers_per_block", self.layers_per_block, MAX_BLOCKS)
-        widths = self.block_out_channels
-        _check(0 < len(widths) <= MAX_LEVELS, "block_out_channels", widths, f"1 to {MAX_LEVELS} widths")
-        for width in widths:
-            _whole("block_out_channels", width, MAX_CHANNELS)
-            _check(
-                width % self.norm_num_groups == 0, "block_out_channels", widths, f"multiples of {self.norm_num_groups}"
-            )
-        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            types = getattr(self, name)
-            _check(types == (kind,) * len(widths), name, types, f"{len(widths)} times {kind!r}")
-        _check(self.act_fn in ACTIVATIONS, "act_fn", self.act_fn, f"one of {sorted(ACTIVATIONS)}")
-        sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
-        for size in sizes:
-            _whole("sample_size", size, 2**20)
-        _check(_positive(self.scaling_factor), "scaling_factor", self.scaling_factor, "a positive number")
-        shift = self.shift_factor
-        _check(shift is None or _finite(shift), "shift_factor", shift, "a finite number or null")
-        mean, std = self.latents_mean, self.latents_std
-        _check((mean is None) == (std is None), "latents_mean", mean, "given together with latents_std, or not at all")
-        for name, values, good in (("latents_mean", mean, _finite), ("latents_std", std, _positive)):
-            fits = values is None or (len(values) == self.latent_channels and all(map(good, values)))
-            _check(fits, name, values, f"{self.latent_channels} numbers, positive for the std")
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(value: object) -> bool:
-    return _finite(value) and float(value) > 0  # type: ignore[arg-type]
-
-
-def _check(good: bool, name: str, value: object, allowed: str) -> None:
-    if not good:
-        raise LdmPipeError(f"{name} is {value!r}, allowed: {allowed}", "AutoencoderKL config")
-
-
-def _whole(name: str, value: object, largest: int) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
-    _check(good, name, value, f"a whole number from 1 to {largest}")
 
 
 class AutoencoderKL(PretrainedModule):
@@ -137,11 +64,11 @@ class AutoencoderKL(PretrainedModule):
         Raises: LdmPipeError naming the field and what is allowed.
         """
         names = {field.name for field in fields(AutoencoderKLConfig)}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
         if known.get("scaling_factor", 0) is None:
             del known["scaling_factor"]
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
-            _check(isinstance(known.get(name, ()), tuple), name, known.get(name), "a list")
+            check(isinstance(known.get(name, ()), tuple), name, known.get(name), "a list")
         return cls(AutoencoderKLConfig(**known), {k: v for k, v in config.items() if k not in names})
 
     @classmethod
@@ -179,7 +106,7 @@ class AutoencoderKL(PretrainedModule):
         return self._fields.shift_factor or 0.0
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Return the weight that adaptive loss weights take gradients at."""
         return self.decoder.conv_out.weight
 
@@ -249,19 +176,17 @@ class AutoencoderKL(PretrainedModule):
         """Return raw latents -> image, in the dtype given."""
         return _chain((self.post_quant_conv, self.decoder), dtype, self.dtype)
 
-    def _run(
-        self, build: Callable[[torch.dtype], Callable[[Tensor], Tensor]], x: Tensor, what: str, scale: Fraction
-    ) -> Tensor:
+    def _run(self, build: Build, x: Tensor, what: str, scale: Fraction) -> Tensor:
         """Apply one half, in slices or tiles where asked; cure overflow of float16 by float32."""
-        dtype = self.dtype
-        upcast = dtype == torch.float16 and (self._fields.force_upcast or x.device.type == "cpu")
-        y = self._in_parts(build(torch.float32 if upcast else dtype), x.to(torch.float32 if upcast else dtype), scale)
+        # A CPU has no fast path for float16.
+        upcast = self.dtype == torch.float16 and (self._fields.force_upcast or x.device.type == "cpu")
+        dtype = torch.float32 if upcast else self.dtype
+        y = self._in_parts(build(dtype), x.to(dtype), scale)
         if self.training or bool(torch.isfinite(y).all()):
             return y
         if not bool(torch.isfinite(x).all()):
-            raise LdmPipeError(
-                "NaN or infinity in the input", what, "What made these numbers failed, not the autoencoder."
-            )
+            fix = "What made these numbers failed, not the autoencoder."
+            raise LdmPipeError("NaN or infinity in the input", what, fix)
         if y.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             raise LdmPipeError("NaN or infinity in the output, in float32", what, "The weights are damaged.")
         warnings.warn(f"{what} overflowed in {y.dtype}; computing it again in float32", stacklevel=3)
@@ -295,19 +220,13 @@ class AutoencoderKL(PretrainedModule):
     def _check_image(self, image: Tensor) -> None:
         channels, factor = self._fields.in_channels, self.factor
         if image.ndim != 4 or image.shape[1] != channels:
-            raise LdmPipeError(
-                f"image of shape {list(image.shape)}", "encode", f"Give (B, {channels}, H, W) in [-1, 1]."
-            )
+            fix = f"Give (B, {channels}, H, W) in [-1, 1]."
+            raise LdmPipeError(f"image of shape {list(image.shape)}", "encode", fix)
         height, width = image.shape[2:]
         if height % factor or width % factor or not height or not width:
-            near = [
-                sorted({max(side // factor, 1) * factor, -(-max(side, 1) // factor) * factor})
-                for side in (height, width)
-            ]
-            fix = (
-                f"Nearest heights: {' or '.join(map(str, near[0]))}; nearest widths: {' or '.join(map(str, near[1]))}."
-            )
-            raise LdmPipeError(f"image size {height}x{width}: sides must be multiples of {factor}", "encode", fix)
+            what = f"image size {height}x{width}: sides must be multiples of {factor}"
+            fix = f"Nearest heights: {_nearest(height, factor)}; nearest widths: {_nearest(width, factor)}."
+            raise LdmPipeError(what, "encode", fix)
 
     # Switches
 
@@ -352,19 +271,16 @@ class AutoencoderKL(PretrainedModule):
             mean: of the raw latents; a number, or one number per channel.
             std: the same for the standard deviation.
         """
-        if isinstance(mean, Sequence) != isinstance(std, Sequence):
-            raise LdmPipeError("mean and std differ in kind", "set_latent_statistics", "Give two numbers or two lists.")
-        values: dict[str, Any] = {
-            "latents_mean": None,
-            "latents_std": None,
-            "shift_factor": None,
-            "scaling_factor": 1.0,
-        }
+        values: dict[str, Any] = dict.fromkeys(("latents_mean", "latents_std", "shift_factor"))
+        values["scaling_factor"] = 1.0
         if isinstance(mean, Sequence) and isinstance(std, Sequence):
             values |= {"latents_mean": tuple(map(float, mean)), "latents_std": tuple(map(float, std))}
+        elif not isinstance(mean, Sequence) and not isinstance(std, Sequence):
+            check(is_positive(std), "std", std, "a positive number")
+            values |= {"shift_factor": float(mean) or None, "scaling_factor": 1.0 / float(std)}
         else:
-            _check(_positive(std), "std", std, "a positive number")
-            values |= {"shift_factor": float(mean) or None, "scaling_factor": 1.0 / float(std)}  # type: ignore[arg-type]
+            fix = "Give two numbers or two lists."
+            raise LdmPipeError("mean and std differ in kind", "set_latent_statistics", fix)
         self._set_config(AutoencoderKLConfig(**{**asdict(self._fields), **values}), self._extra)
 
     @torch.no_grad()
@@ -383,7 +299,8 @@ class AutoencoderKL(PretrainedModule):
             fix = "Build the autoencoder with use_quant_conv and use_post_quant_conv."
             raise LdmPipeError("there is no 1x1 convolution to fold the shift into", "fold_latent_shift", fix)
         channels, bias, inverse_bias = self.latent_channels, self.quant_conv.bias, self.post_quant_conv.bias
-        assert bias is not None and inverse_bias is not None
+        assert bias is not None
+        assert inverse_bias is not None
         double: dict[str, Any] = {"dtype": torch.float64, "device": bias.device}
         per_channel = self._fields.latents_mean, self._fields.latents_std
         mean = torch.tensor(per_channel[0] or (self.shift_factor,) * channels, **double)
@@ -396,6 +313,12 @@ class AutoencoderKL(PretrainedModule):
         inverse.copy_((inverse.double() * std.view(1, -1, 1, 1)).to(inverse))
         none = {"shift_factor": None, "latents_mean": None, "latents_std": None}
         self._set_config(AutoencoderKLConfig(**{**asdict(self._fields), **none}), self._extra)
+
+
+def _nearest(side: int, factor: int) -> str:
+    """Name the multiples of the factor next to a side."""
+    down, up = max(side // factor, 1) * factor, max(-(-side // factor), 1) * factor
+    return f"{down} or {up}" if down != up else str(up)
 
 
 def _chain(modules: Sequence[nn.Module | None], dtype: torch.dtype, present: torch.dtype) -> Callable[[Tensor], Tensor]:
