@@ -1,0 +1,165 @@
+"""Our AutoencoderKL against diffusers' on tiny random weights, and keys at full size on the meta device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoencoder import AutoencoderKL
+
+diffusers = pytest.importorskip("diffusers")
+
+FULL_SIZE = json.loads((Path(__file__).parents[1] / "data" / "full_size_configs.json").read_text())
+VAES = sorted(name for name, facts in FULL_SIZE.items() if name.endswith("/vae"))
+
+# Two fp32 implementations of one sum differ by the order of additions; values are of order 1.
+TOLERANCE = 1e-5
+
+TINY: dict[str, Any] = {
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 4,
+    "sample_size": 32,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "three levels, two blocks": {
+        "block_out_channels": [8, 16, 24],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "layers_per_block": 2,
+    },
+    "one level": {
+        "block_out_channels": [16],
+        "down_block_types": ["DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"],
+    },
+    "no attention": {"mid_block_add_attention": False},
+    "no 1x1 convolutions": {"use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": 16},
+    "mish": {"act_fn": "mish"},
+    "grey": {"in_channels": 1, "out_channels": 1, "latent_channels": 3},
+}
+
+
+def reference(config: dict[str, Any], seed: int = 0) -> Any:
+    """Build diffusers' autoencoder with norms and biases away from their trivial initial values."""
+    torch.manual_seed(seed)
+    model = diffusers.AutoencoderKL(**config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def randn(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_encode_and_decode_agree_with_diffusers(variant: str) -> None:
+    config = {**TINY, **VARIANTS[variant]}
+    theirs = reference(config)
+    ours = AutoencoderKL.from_config(config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    image = randn(2, config.get("in_channels", 3), 24, 32)
+    expected, posterior = theirs.encode(image).latent_dist, ours.encode_moments(image)
+    torch.testing.assert_close(posterior.mean, expected.mean, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(posterior.log_var, expected.logvar, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(posterior.kl(), expected.kl(), atol=0, rtol=TOLERANCE)
+    z = randn(2, config["latent_channels"], 24 // ours.factor, 32 // ours.factor)
+    decoded = theirs.decode(z / theirs.config.scaling_factor).sample
+    torch.testing.assert_close(ours.decode(z), decoded, atol=TOLERANCE * float(decoded.abs().max()), rtol=0)
+
+
+def test_gradients_agree_with_diffusers() -> None:
+    theirs = reference(TINY)
+    ours = AutoencoderKL.from_config(TINY)
+    ours.load_state_dict(theirs.state_dict())
+    image = randn(2, 3, 16, 16)
+    ours(image)[0].square().mean().backward()
+    theirs.train()(image).sample.square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        gradient = expected[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, atol=TOLERANCE * (1 + float(gradient.abs().max())), rtol=0)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_keys_and_shapes_at_full_size(name: str) -> None:
+    facts = FULL_SIZE[name]
+    with torch.device("meta"):
+        model = AutoencoderKL.from_config(facts["config"])
+    state = model.state_dict()
+    lines = "\n".join(sorted(f"{key} {list(value.shape)}" for key, value in state.items()))
+    assert len(state) == facts["tensors"]
+    assert sum(value.numel() for value in state.values()) == facts["params"]
+    assert hashlib.sha256(lines.encode()).hexdigest() == facts["keyhash"]
+    assert {key: model.config[key] for key in facts["config"]} == facts["config"]
+
+
+def test_config_fields_and_defaults_are_those_of_diffusers() -> None:
+    theirs = {key: value for key, value in diffusers.AutoencoderKL(**TINY).config.items() if not key.startswith("_")}
+    ours = AutoencoderKL.from_config(TINY).config
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in theirs.items()}
+    assert dict(ours) == plain
+
+
+@torch.no_grad()
+def test_diffusers_loads_what_we_save_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = AutoencoderKL.from_config(TINY).eval()
+    ours.set_latent_statistics(0.25, 2.0)
+    ours.save_pretrained(tmp_path)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        theirs, info = diffusers.AutoencoderKL.from_pretrained(
+            str(tmp_path), output_loading_info=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not any(info.values()), info
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert theirs.config.scaling_factor == 0.5
+    assert theirs.config.shift_factor == 0.25
+    z = randn(1, 4, 8, 8)
+    torch.testing.assert_close(theirs.decode(z / 0.5 + 0.25).sample, ours.decode(z), atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_we_load_what_diffusers_saves(tmp_path: Path) -> None:
+    theirs = reference(TINY)
+    theirs.save_pretrained(tmp_path)
+    ours = AutoencoderKL.from_pretrained(tmp_path)
+    z = randn(1, 4, 8, 8)
+    expected = theirs.decode(z / theirs.config.scaling_factor).sample
+    torch.testing.assert_close(ours.decode(z), expected, atol=TOLERANCE * float(expected.abs().max()), rtol=0)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+
+
+@torch.no_grad()
+def test_pipelines_that_ignore_the_shift_agree_after_folding() -> None:
+    ours = AutoencoderKL.from_config(TINY).eval()
+    ours.set_latent_statistics([0.5, -1.0, 2.0, 0.0], [0.5, 1.5, 3.0, 1.0])
+    image, z = randn(2, 3, 16, 16), randn(2, 4, 8, 8)
+    wanted_z, wanted_image = ours.encode(image), ours.decode(z)
+    ours.fold_latent_shift()
+    theirs = diffusers.AutoencoderKL(**TINY).eval()
+    theirs.load_state_dict(ours.state_dict())
+    scale = ours.config.scaling_factor
+    # Rounding of the folded float32 weights, at latents of order 1.
+    torch.testing.assert_close(theirs.encode(image).latent_dist.mean * scale, wanted_z, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(theirs.decode(z / scale).sample, wanted_image, atol=1e-5, rtol=1e-5)
