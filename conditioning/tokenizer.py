@@ -1,0 +1,250 @@
+"""CLIP's byte-pair tokenizer on the `tokenizers` library.
+
+What enters: prompts and the files vocab.json and merges.txt (or one tokenizer.json). What leaves: token ids of fixed
+length, and the part of each prompt that did not fit. This file knows no network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+MAX_MERGES_BYTES = 64 * 1024 * 1024
+_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of B prompts.
+
+    Args:
+        ids: int64, shape (B, L): start, text, end, padding.
+        mask: True at start, text and (first) end, shape (B, L).
+        truncated: the end of each prompt that did not fit, "" where all did.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    truncated: list[str]
+
+
+class ClipTokenizer:
+    """Byte-level BPE of CLIP (Radford et al. 2021, arXiv:2103.00020, sec. 2.4): lower case, words closed by `</w>`.
+
+    Args:
+        vocab: token to id, with `<|startoftext|>` and `<|endoftext|>`.
+        merges: pairs of tokens, most frequent first.
+        max_length: length of every sequence, start and end included; None leaves it to the text encoder.
+        pad_token: what fills a short sequence; `<|endoftext|>` in Stable Diffusion 1, `!` in 2.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Iterable[tuple[str, str]],
+        *,
+        max_length: int | None = 77,
+        pad_token: str = END,
+    ) -> None:
+        """Build the backend; a vocabulary that lacks what it needs is refused."""
+        self.vocab, self.merges = dict(vocab), [(left, right) for left, right in merges]
+        self.max_length, self.pad_token = max_length, pad_token
+        lacking = [token for token in (START, END, pad_token) if token not in self.vocab]
+        if lacking:
+            raise LdmPipeError(
+                f"the vocabulary lacks {lacking}", "tokenizer", "Give the vocab.json of a CLIP tokenizer."
+            )
+        self.start_id, self.end_id, self.pad_id = self.vocab[START], self.vocab[END], self.vocab[pad_token]
+        try:
+            model = models.BPE(self.vocab, self.merges, unk_token=END, end_of_word_suffix=WORD_END, fuse_unk=False)
+        except Exception as error:  # the library raises bare Exception, e.g. for a merge outside the vocabulary
+            raise LdmPipeError(
+                f"vocab and merges do not fit ({error})", "tokenizer", "Take both from one folder."
+            ) from None
+        self._backend = _backend(model)
+        # As in transformers: special tokens are found in the raw text, before lower-casing.
+        self._backend.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in dict.fromkeys((START, END, pad_token))]
+        )
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.vocab)
+
+    def __call__(self, prompts: Sequence[str], *, max_length: int | None = None) -> TokenBatch:
+        """Tokenize prompts to a common length.
+
+        Args:
+            max_length: overrides the tokenizer's own.
+        Raises: LdmPipeError for anything but a non-empty sequence of well-formed strings.
+        """
+        length = max_length or self.max_length
+        if length is None or length < 2:
+            raise LdmPipeError(f"max_length {length}: at least 2 are needed", "tokenizer", "Pass max_length.")
+        check_prompts(prompts)
+        rows, truncated = [], []
+        for prompt in prompts:
+            encoding = self._backend.encode(prompt, add_special_tokens=False)
+            room = length - 2
+            truncated.append(prompt[encoding.offsets[room][0] :] if len(encoding.ids) > room else "")
+            rows.append([self.start_id, *encoding.ids[:room], self.end_id])
+        ids = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64)
+        num_used = torch.tensor([len(row) for row in rows])
+        return TokenBatch(ids, torch.arange(length)[None] < num_used[:, None], truncated)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids back into text, without start, end and what follows it."""
+        names = {index: token for token, index in self.vocab.items()}
+        tokens = []
+        for index in ids:
+            if int(index) == self.end_id:
+                break
+            if int(index) != self.start_id:
+                tokens.append(names[int(index)])
+        to_byte = {char: value for value, char in enumerate(byte_symbols())}
+        raw = "".join(tokens).replace(WORD_END, " ")
+        data = b"".join(bytes([to_byte[char]]) if char in to_byte else char.encode() for char in raw)
+        return data.decode("utf-8", errors="replace").strip()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, subfolder: str | None = None) -> ClipTokenizer:
+        """Read a `tokenizer/` folder as diffusers and transformers write it.
+
+        Raises: LdmPipeError naming the file that is missing or unreadable.
+        """
+        root = Path(folder) / subfolder if subfolder else Path(folder)
+        config = read_json(root / "tokenizer_config.json") if (root / "tokenizer_config.json").is_file() else {}
+        special = read_json(root / "special_tokens_map.json") if (root / "special_tokens_map.json").is_file() else {}
+        for name, expected in (("bos_token", START), ("eos_token", END)):
+            found = _content(config.get(name) or special.get(name) or expected)
+            if found != expected:
+                raise LdmPipeError(f"{name} is {found!r}, CLIP's is {expected!r}", str(root), "Give a CLIP tokenizer.")
+        vocab, merges = _read_vocab(root)
+        length = config.get("model_max_length")
+        usable = isinstance(length, int) and 2 <= length <= 100_000  # transformers writes 1e30 for "no limit"
+        pad_token = _content(config.get("pad_token") or special.get("pad_token") or END)
+        return cls(vocab, merges, max_length=length if usable else None, pad_token=pad_token)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the four files that transformers 4 and 5 both read as a CLIPTokenizer."""
+        folder = Path(folder)
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad_token}
+        config: dict[str, Any] = {
+            **special,
+            "add_prefix_space": False,
+            "do_lower_case": True,
+            "errors": "replace",
+            "tokenizer_class": "CLIPTokenizer",
+        }
+        if self.max_length is not None:
+            config["model_max_length"] = self.max_length
+        merges = "".join(f"{left} {right}\n" for left, right in self.merges)
+        atomic_write(folder / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
+        atomic_write(folder / "merges.txt", "#version: 0.2\n" + merges)
+        atomic_write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+        atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse what is not a non-empty sequence of strings that can be written as UTF-8.
+
+    Raises: LdmPipeError naming the position and the type.
+    """
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) or not prompts:
+        what = f"expected a non-empty list of strings, got {type(prompts).__name__}"
+        raise LdmPipeError(what, "prompts", 'Write ["a prompt"].')
+    for position, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise LdmPipeError(f"number {position} is {type(prompt).__name__}, not a string", "prompts")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            advice = "Read the text as UTF-8."
+            raise LdmPipeError(f"number {position} holds a lone surrogate character", "prompts", advice) from None
+
+
+def byte_symbols() -> list[str]:
+    """Return the printable character that stands for each byte 0..255 (GPT-2's table)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    hidden = [value for value in range(256) if value not in shown]
+    return [chr(value) if value in shown else chr(256 + hidden.index(value)) for value in range(256)]
+
+
+def train_bpe(
+    captions: Iterable[str], vocab_size: int, *, max_length: int = 77, min_frequency: int = 2
+) -> ClipTokenizer:
+    """Train a tokenizer in CLIP's layout: 256 bytes, 256 bytes with `</w>`, merges by frequency, start, end.
+
+    All bytes are in the vocabulary, so no text is unknown. Few captions give fewer tokens than asked for.
+    Raises: LdmPipeError if vocab_size has no room for the 514 fixed tokens.
+    """
+    shown = sorted(byte_symbols(), key=lambda char: (ord(char) > 255, ord(char)))
+    fixed = [*shown, *(char + WORD_END for char in shown)]
+    num_merges = vocab_size - len(fixed) - 2
+    if num_merges < 0:
+        raise LdmPipeError(f"vocab_size {vocab_size}: at least {len(fixed) + 2} are needed", "train_bpe")
+    backend = _backend(models.BPE(end_of_word_suffix=WORD_END))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size + 512,  # the trainer counts its alphabet too; the surplus merges are cut below
+        min_frequency=min_frequency,
+        end_of_word_suffix=WORD_END,
+        initial_alphabet=shown,
+        show_progress=False,
+    )
+    backend.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]][:num_merges]
+    names = dict.fromkeys([*fixed, *(left + right for left, right in merges), START, END])
+    return ClipTokenizer({name: index for index, name in enumerate(names)}, merges, max_length=max_length)
+
+
+def _backend(model: models.BPE) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return backend
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    return str(token["content"]) if isinstance(token, Mapping) else str(token)
+
+
+def _read_vocab(root: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    if (root / "vocab.json").is_file() and (root / "merges.txt").is_file():
+        if (root / "merges.txt").stat().st_size > MAX_MERGES_BYTES:
+            raise LdmPipeError(f"larger than {MAX_MERGES_BYTES} bytes", str(root / "merges.txt"))
+        try:
+            lines = (root / "merges.txt").read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise LdmPipeError(f"not UTF-8 ({error})", str(root / "merges.txt")) from None
+        vocab: Any = read_json(root / "vocab.json")
+        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    elif (root / "tokenizer.json").is_file():  # all that transformers 5 writes
+        whole = read_json(root / "tokenizer.json")
+        vocab = whole.get("model", {}).get("vocab", {})
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in whole.get("model", {}).get("merges", [])]
+    else:
+        what = "neither vocab.json with merges.txt nor tokenizer.json is there"
+        raise LdmPipeError(what, str(root), "Give the `tokenizer` folder of a CLIP model.")
+    if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
+        raise LdmPipeError("the vocabulary is not a table of token ids", str(root))
+    if any(len(pair) != 2 for pair in pairs):
+        raise LdmPipeError("a merge does not consist of two tokens", str(root))
+    return vocab, [(pair[0], pair[1]) for pair in pairs]
