@@ -1,0 +1,117 @@
+"""The parts of a U-Net without attention: embeddings of t, residual blocks, resampling.
+
+What enters: features (B, C, h, w) and the embedding of t (B, E). What leaves: features. This file knows no config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+    "relu": F.relu,
+}
+
+
+def sinusoid(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Embed numbers as sines and cosines (Ho et al. 2020, arXiv:2006.11239, appendix B).
+
+        angle_i = t * 10000^(-i / (dim/2 - freq_shift)),   embedding = (sin, cos), or (cos, sin) if flipped
+
+    Args:
+        t: numbers of any shape (...).
+    Returns: float32 (fp32 because exp), shape (..., dim).
+    """
+    half = dim // 2
+    exponent = torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / (half - freq_shift))
+    angle = t.float()[..., None] * exponent.exp()
+    parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+class VectorEmbedding(nn.Module):
+    """Linear, activation, linear: from a sinusoid or a pooled vector to the embedding that residual blocks read."""
+
+    def __init__(self, in_dim: int, out_dim: int, activation: str = "silu") -> None:
+        """Build two layers."""
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in) to (B, out)."""
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the embedding of t added between them (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        *,
+        num_groups: int,
+        eps: float,
+        activation: str,
+        dropout: float,
+        scale_factor: float = 1.0,
+    ) -> None:
+        """Build the block; the sum is divided by `scale_factor`."""
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_dim, out_channels)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.activation = ACTIVATIONS[activation]
+        self.dropout, self.scale_factor = dropout, scale_factor
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map features (B, C, h, w); `emb` (B, E) has been through the activation already."""
+        h = self.conv1(self.activation(self.norm1(x)))
+        h = h + self.time_emb_proj(emb)[:, :, None, None]
+        h = self.activation(self.norm2(h))
+        if self.dropout and self.training:
+            h = F.dropout(h, self.dropout)
+        h = self.conv2(h)
+        x = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        return x if self.scale_factor == 1.0 else x / self.scale_factor
+
+
+class Downsample(nn.Module):
+    """Halve both sides by a strided convolution."""
+
+    def __init__(self, channels: int, *, asymmetric: bool) -> None:
+        """Build the convolution; `asymmetric` pads one row and column at the far sides only."""
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C, ceil(h/2), ceil(w/2)); floor if asymmetric."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Repeat each position, then smooth by a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        """Build the convolution."""
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Map (B, C, h, w) to (B, C, *size), the size that was left on the way down."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
