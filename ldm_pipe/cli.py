@@ -1,0 +1,191 @@
+"""The command `ldm-pipe`: options in, exit code out.
+
+Only the options live here; each command imports what it needs when it runs, so that `ldm-pipe --help` does not import torch.
+Exit codes: 0 done, 2 wrong input, 3 something missing on this machine, 4 a fault in the run, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+EXAMPLES = """examples:
+  ldm-pipe generate "red apple" --seed 7 -n 4 -o out.png --grid
+  ldm-pipe generate --prompts prompts.txt --out pictures/
+  ldm-pipe img2img "green apple" --image out.png --strength 0.6 -o green.png
+  ldm-pipe inpaint "a worm" --image out.png --mask-image mask.png -o worm.png
+  ldm-pipe info out.png
+  ldm-pipe export runs/emoji/diffusion exported/
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        return _complain("interrupted", "", "Finished pictures are whole.", 130)
+    except BrokenPipeError:
+        return 0
+    except ModuleNotFoundError as error:
+        return _fault(args, error, f"the module {error.name} is not installed", "pip install 'ldm-pipe[all]'", 3)
+    except Exception as error:  # noqa: BLE001  the border: every error becomes three lines and an exit code
+        if hasattr(error, "how_to_fix"):
+            return _fault(args, error, error.what, error.how_to_fix, 2, error.where)  # type: ignore[attr-defined]
+        what = f"{type(error).__name__}: {error}"
+        return _fault(args, error, what, "This is a fault of ldm-pipe: run again with --debug and report it.", 4)
+
+
+def _fault(args: argparse.Namespace, error: BaseException, what: str, fix: str, code: int, where: str = "") -> int:
+    if getattr(args, "debug", False):
+        traceback.print_exception(error)
+    return _complain(what, where, fix, code)
+
+
+def _complain(what: str, where: str, fix: str, code: int) -> int:
+    """Print what went wrong, where, and what to do."""
+    for label, text in (("error", what), ("where", where), ("do", fix)):
+        if text:
+            sys.stderr.write(f"{label + ':':7}{text}\n")
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe all commands and options."""
+    parser = argparse.ArgumentParser(
+        prog="ldm-pipe",
+        description="Draw pictures from prompts with latent diffusion models, and look after the models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ldm-pipe {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_draw(commands.add_parser("generate", help="draw pictures from a prompt"), "generate")
+    _add_draw(commands.add_parser("img2img", help="change a picture by a prompt"), "img2img")
+    _add_draw(commands.add_parser("inpaint", help="paint into the white part of a mask"), "inpaint")
+    _add_export(commands.add_parser("export", help="turn a model or a training run into a diffusers folder"))
+    _add_info(commands.add_parser("info", help="show the settings inside a picture, or what a model is"))
+    _add_data(commands.add_parser("data", help="look after training pictures"))
+    return parser
+
+
+def _version() -> str:
+    from ldm_pipe import __version__
+
+    return __version__
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="folder, training run or hub id; without it the model that ships with ldm-pipe")
+    group.add_argument("--variant", help='weights variant, such as "fp16"')
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--local-files-only", action="store_true", help="never ask the network")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps; without it a GPU if there is one")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; default float32")
+
+
+def _add_draw(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Add the options of a drawing command, spelled like the arguments of the pipeline."""
+    _add_common(parser)
+    parser.add_argument("prompt", nargs="*", help="what to draw; several prompts draw several pictures")
+    if kind == "generate":
+        parser.add_argument("--prompts", metavar="FILE", help=".txt with a prompt per line, or .csv/.jsonl with `prompt`")
+    else:
+        parser.add_argument("--image", required=True, help="the picture to start from")
+        parser.add_argument("--strength", type=float, help="how far to leave it, above 0 and up to 1")
+    if kind == "inpaint":
+        parser.add_argument("--mask-image", required=True, help="white is painted anew, black is kept exactly")
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", "--out", help="a .png, or a folder ending in /; default: named after the prompt")
+    out.add_argument("-n", "--num-images-per-prompt", type=int, default=1, metavar="N")
+    out.add_argument("--grid", action="store_true", help="write one sheet of all pictures")
+    out.add_argument("--overwrite", action="store_true", help="replace existing files")
+    out.add_argument("--batch-size", type=int, default=8, help="most pictures drawn at once (default 8)")
+    how = parser.add_argument_group("drawing (defaults come from the model)")
+    how.add_argument("--seed", type=int, help="picture i is drawn from seed + i")
+    how.add_argument("--negative-prompt", help="what not to draw")
+    how.add_argument("--num-inference-steps", "--steps", type=int, dest="num_inference_steps")
+    how.add_argument("--guidance-scale", type=float, help="1 is none; more follows the prompt more closely")
+    how.add_argument("--guidance-rescale", type=float, help="0 to 1, against overexposure")
+    how.add_argument("--height", type=int)
+    how.add_argument("--width", type=int)
+    how.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m")
+    how.add_argument("--spacing", help="leading, trailing or linspace")
+    how.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
+    how.add_argument("--thresholding", help="none, static or dynamic")
+    how.add_argument("--thresholding-space", help="latent or pixel")
+    how.add_argument("--thresholding-percentile", type=float)
+    how.add_argument("--thresholding-max-value", type=float)
+    how.add_argument("--clip-skip", type=int, help="layers of the text encoder to leave out at its end")
+    how.add_argument("--deterministic-batch", action="store_true", help="draw one by one: the same bits in any batch")
+    _add_model(parser)
+    parser.set_defaults(run=_run_draw, kind=kind)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("source", help="model folder, training run or hub id")
+    parser.add_argument("target", help="folder to write")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of all parts")
+    parser.add_argument("--variant", help='name part of the weight files, such as "fp16"')
+    parser.add_argument("--sampler", help="sampler the folder starts with; default the model's own")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument("--no-check", action="store_true", help="do not load it with diffusers and compare pictures")
+    parser.set_defaults(run=_run_export)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("path", nargs="?", help="a picture, a model folder, a training run or a hub id; default the shipped model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run_info)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check = commands.add_parser("check", help="report bad, doubled, uncaptioned and odd pictures before training")
+    _add_common(check)
+    check.add_argument("folder")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_run_data_check)
+
+
+def _run_draw(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.draw import run
+
+    return run(args)
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.models import run_export
+
+    return run_export(args)
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.models import run_info
+
+    return run_info(args)
+
+
+def _run_data_check(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.data import run_check
+
+    return run_check(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The golden sample: a few numbers of two steps at a fixed seed, kept in a saved model and replayed when it is loaded.
+
+It is the one check that catches a wrong latent scale, noise law, prediction, text encoder or weight file together, all of which
+load without an error and draw a wrong picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm_pipe.pretrained import LdmPipeError
+
+if TYPE_CHECKING:
+    from ldm_pipe.pipeline import LatentDiffusionPipeline
+
+PROMPT = "a golden sample"
+SEED = 0
+NUM_STEPS = 2
+NUM_VALUES = 8
+TOLERANCE = 1e-4  # relative to the largest value: fp32 rounding differs between machines by about 1e-6
+
+
+def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
+    """Run two DDIM steps without guidance on the smallest latents the U-Net takes, and decode them.
+
+    Returns: prompt, seed, size, and 8 evenly spread values each of the latents and the pixels.
+    """
+    side = max(8, 2 ** (len(pipe.unet.config.block_out_channels) - 1))
+    z, image = pipe.sample_bare(PROMPT, seed=SEED, num_steps=NUM_STEPS, side=side)
+    return {
+        "prompt": PROMPT,
+        "seed": SEED,
+        "num_steps": NUM_STEPS,
+        "side": side,
+        "latents": _spread(z),
+        "pixels": _spread(image),
+    }
+
+
+def _spread(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().float().cpu().flatten()
+    return [round(float(flat[i]), 7) for i in torch.linspace(0, len(flat) - 1, NUM_VALUES).long().tolist()]
+
+
+def check_golden(pipe: LatentDiffusionPipeline, stored: Any, where: str) -> None:
+    """Replay a stored golden sample.
+
+    Raises: LdmPipeError if the loaded parts do not give the stored numbers.
+    """
+    if not isinstance(stored, Mapping) or not all(_is_numbers(stored.get(name)) for name in ("latents", "pixels")):
+        raise LdmPipeError("the golden sample is not of the known form", where, "Save the model anew.")
+    fresh = golden_sample(pipe)
+    for name in ("latents", "pixels"):
+        wanted, got = torch.tensor(stored[name]).double(), torch.tensor(fresh[name]).double()
+        difference = float((wanted - got).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
+            guilty = "U-Net, text encoder, tokenizer or scheduler" if name == "latents" else "autoencoder or its scaling_factor"
+            what = f"the golden sample's {name} differ by {difference:.2g}: {guilty} is not what was saved"
+            raise LdmPipeError(what, where, "Fetch the folder anew, or save it again if it was changed on purpose.")
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == NUM_VALUES and all(isinstance(v, (int, float)) for v in value)

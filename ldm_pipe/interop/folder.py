@@ -1,0 +1,276 @@
+"""A model folder in diffusers' layout plus `ldm_pipe.json`: read into parts, written from parts.
+
+    model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  ldm_pipe.json  README.md
+
+diffusers reads such a folder as a StableDiffusionPipeline and ignores `ldm_pipe.json`, which keeps what diffusers has no place
+for. Class names are looked up in the fixed lists below; nothing in a folder can name code to run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoencoder import AutoencoderKL
+from conditioning import CLIPTextEncoder
+from ldm_pipe.outputs import Defaults
+from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json, resolve_folder
+from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.unet import UNet
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
+FORMAT_VERSION = 1
+OWN_FILE = "ldm_pipe.json"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a folder holds, loaded."""
+
+    unet: UNet
+    autoencoder: AutoencoderKL
+    text_encoders: tuple[CLIPTextEncoder, ...]
+    schedule: NoiseSchedule
+    defaults: Defaults
+    golden: Any = None
+    name: str = ""
+    model_hash: str | None = None
+
+
+def find_folder(
+    name: str | Path | None, *, variant: str | None = None, local_files_only: bool = False, revision: str | None = None
+) -> Path:
+    """Find a model: the shipped one for None, a local folder, the pipeline inside a training run, or a hub id.
+
+    Raises: LdmPipeError saying where it was looked for.
+    """
+    if name is None:
+        if not (SHIPPED / "model_index.json").is_file():
+            raise LdmPipeError("this installation ships no model", str(SHIPPED), "Name one: from_pretrained('folder').")
+        return SHIPPED
+    if not str(name).strip() or "\0" in str(name):
+        raise LdmPipeError(f"the model name is {str(name)!r}", how_to_fix="Give a folder or a hub id.")
+    dot = f".{variant}" if variant else ""
+    patterns = ["*.json", "README.md", "tokenizer/*", "scheduler/*"]
+    for part, file in WEIGHTS.items():
+        patterns += [f"{part}/config.json", f"{part}/{file}{dot}.safetensors", f"{part}/{file}{dot}-*.safetensors"]
+        patterns += [f"{part}/{file}.safetensors.index{dot}.json"]
+    root = resolve_folder(name, local_files_only=local_files_only, revision=revision, allow_patterns=patterns)
+    for place in (root, root / "pipeline"):
+        if (place / "model_index.json").is_file():
+            return place
+    present = sorted(p.name for p in root.iterdir())[:12]
+    raise LdmPipeError(f"no model_index.json, only {present}", str(root), "Give a model folder or a finished training run.")
+
+
+def check_index(root: Path) -> Mapping[str, Any]:
+    """Read `model_index.json`; anything beyond the classes we build is refused.
+
+    Raises: LdmPipeError naming the part and the class.
+    """
+    where = str(root / "model_index.json")
+    index = read_json(root / "model_index.json")
+    if not isinstance(index, dict) or index.get("_class_name") not in PIPELINES:
+        found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
+        raise LdmPipeError(f"the folder holds a {found!r:.80}", where, f"Known are {', '.join(PIPELINES)}.")
+    for part, value in index.items():
+        if part.startswith("_") or part in IGNORED:
+            continue
+        class_name = value[1] if isinstance(value, list) and len(value) == 2 else value
+        if part == "scheduler":
+            if not isinstance(class_name, str) or not class_name.endswith("Scheduler") or not class_name.isidentifier():
+                raise LdmPipeError(f"scheduler is a {class_name!r:.80}", where, "Known are diffusers' schedulers.")
+        elif part not in PARTS or class_name not in PARTS[part]:
+            known = ", ".join(PARTS.get(part, tuple(PARTS)))
+            raise LdmPipeError(f"the part {part!r:.80} is a {class_name!r:.80}", where, f"Known: {known}.")
+    missing = [part for part in (*PARTS, "scheduler") if not isinstance(index.get(part), list)]
+    if missing:
+        raise LdmPipeError(f"the model lacks {missing}", where, "Fetch or export the folder anew.")
+    return index
+
+
+def read_own(root: Path) -> dict[str, Any]:
+    """Read `ldm_pipe.json`; a folder without one is a plain diffusers folder.
+
+    Raises: LdmPipeError if a newer version wrote it.
+    """
+    path = root / OWN_FILE
+    if not path.is_file():
+        return {}
+    own = read_json(path)
+    version = own.get("format_version") if isinstance(own, dict) else None
+    if version != FORMAT_VERSION:
+        raise LdmPipeError(f"format_version is {version!r}, known is {FORMAT_VERSION}", str(path), "Update ldm_pipe.")
+    return own
+
+
+def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | None = None) -> Parts:
+    """Load every part of a folder strictly, all in one dtype (None: float32).
+
+    Raises: LdmPipeError naming file and cause.
+    """
+    check_index(root)
+    own = read_own(root)
+    scheduler = read_json(root / "scheduler" / "scheduler_config.json")
+    if not isinstance(scheduler, dict):
+        raise LdmPipeError("a config must be a JSON object", str(root / "scheduler" / "scheduler_config.json"))
+    defaults = Defaults.read(own.get("defaults", {}), str(root / OWN_FILE))
+    if defaults.sampler is None:
+        defaults = replace(defaults, sampler=SAMPLERS.get(str(scheduler.get("_class_name"))))
+    parts = Parts(
+        unet=UNet.from_pretrained(root / "unet", dtype=dtype, variant=variant),
+        autoencoder=AutoencoderKL.from_pretrained(root / "vae", dtype=dtype, variant=variant),
+        text_encoders=(
+            CLIPTextEncoder.from_pretrained(
+                root / "text_encoder", tokenizer=root / "tokenizer", dtype=dtype, variant=variant
+            ),
+        ),
+        schedule=NoiseSchedule.from_config(scheduler),
+        defaults=defaults,
+        golden=own.get("golden_sample"),
+        name=str(own.get("name") or root.resolve().name)[:200],
+        model_hash=str(own["model_hash"])[:64] if own.get("model_hash") else None,
+    )
+    check_fit(parts, str(root))
+    return parts
+
+
+def check_fit(parts: Parts, where: str = "pipeline") -> None:
+    """Refuse parts that do not belong together: latent channels, text width, context length.
+
+    Raises: LdmPipeError naming both numbers.
+    """
+    unet, vae = parts.unet.config, parts.autoencoder
+    channels = vae.latent_channels
+    if unet.in_channels not in (channels, 2 * channels + 1):
+        what = f"the U-Net takes {unet.in_channels} channels, the autoencoder has {channels} latent channels"
+        raise LdmPipeError(what, where, f"It must take {channels}, or {2 * channels + 1} for inpainting.")
+    if unet.out_channels != channels:
+        what = f"the U-Net gives {unet.out_channels} channels, the autoencoder has {channels} latent channels"
+        raise LdmPipeError(what, where, "Use parts that were trained together.")
+    width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
+    wanted = unet.get("cross_attention_dim")
+    if isinstance(wanted, int) and parts.text_encoders and width != wanted and unet.get("encoder_hid_dim") is None:
+        what = f"the text encoder is {width} wide, the U-Net takes {wanted}"
+        raise LdmPipeError(what, where, "Use parts that were trained together.")
+    for encoder in parts.text_encoders:
+        if encoder.tokenizer is not None and len(encoder.tokenizer) > encoder.config.vocab_size:
+            what = f"the tokenizer has {len(encoder.tokenizer)} tokens, the text encoder {encoder.config.vocab_size}"
+            raise LdmPipeError(what, where, "Use the tokenizer that the text encoder was trained with.")
+
+
+def foldable(autoencoder: AutoencoderKL) -> AutoencoderKL:
+    """Return the autoencoder in the form diffusers' pipeline reads: a latent shift folded into its 1x1 convolutions.
+
+    Raises: LdmPipeError if there are no convolutions to fold it into.
+    """
+    config = autoencoder.config
+    if not (config.get("shift_factor") or config.get("latents_mean") or config.get("latents_std")):
+        return autoencoder
+    folded = copy.deepcopy(autoencoder)
+    folded.fold_latent_shift()
+    return folded
+
+
+def write_folder(
+    parts: Parts,
+    target: Path,
+    *,
+    sampler: str,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    own: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Write all parts into a staging folder beside the target, then move them over; `ldm_pipe.json` moves last.
+
+    Raises: LdmPipeError if something cannot be written, or is no diffusers model.
+    """
+    if len(parts.text_encoders) != 1 or parts.text_encoders[0].tokenizer is None:
+        raise LdmPipeError(f"{len(parts.text_encoders)} text encoders", str(target), "The folder holds one, with its tokenizer.")
+    text_encoder, tokenizer = parts.text_encoders[0], parts.text_encoders[0].tokenizer
+    scheduler = parts.schedule.to_config(sampler)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise LdmPipeError(f"cannot be written ({error.strerror or error})", str(target), "Choose another folder.") from error
+    try:
+        parts.unet.save_pretrained(staging / "unet", variant=variant, dtype=dtype)
+        foldable(parts.autoencoder).save_pretrained(staging / "vae", variant=variant, dtype=dtype)
+        text_encoder.save_pretrained(staging / "text_encoder", variant=variant, dtype=dtype)
+        tokenizer.save_pretrained(staging / "tokenizer")
+        atomic_write(staging / "scheduler" / "scheduler_config.json", _json(scheduler))
+        atomic_write(staging / "model_index.json", _json(_index(parts, str(scheduler["_class_name"]))))
+        atomic_write(staging / "README.md", card)
+        atomic_write(staging / OWN_FILE, _json({"format_version": FORMAT_VERSION, **own}))
+        os.chmod(staging, 0o777 & ~_umask())
+        _move_over(staging, target)
+    except OSError as error:
+        raise LdmPipeError(f"cannot be written ({error.strerror or error})", str(target), "Choose another folder.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _move_over(staging: Path, target: Path) -> None:
+    """Rename the staging folder to the target, or move file by file into a target that exists."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    files = sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: (p.name == OWN_FILE, p))
+    (target / OWN_FILE).unlink(missing_ok=True)  # its golden sample speaks of the weights that are about to go
+    for file in files:
+        place = target / file.relative_to(staging)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+
+
+def _index(parts: Parts, scheduler: str) -> dict[str, Any]:
+    inpainting = parts.unet.config.in_channels != parts.autoencoder.latent_channels
+    return {
+        "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
+        "_diffusers_version": "0.38.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }

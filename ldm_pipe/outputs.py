@@ -1,0 +1,151 @@
+"""What a pipeline returns, and what a model folder says about its own use.
+
+This file knows the names and limits of settings, not how a picture is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from ldm_pipe.pretrained import LdmPipeError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SPACINGS = ("leading", "trailing", "linspace")
+THRESHOLDING_KINDS = ("none", "static", "dynamic")
+THRESHOLDING_SPACES = ("latent", "pixel")
+MAX_SIDE = 16_384
+MAX_PICTURES = 4_096
+
+
+class IntDefault(int):
+    """A default of `__call__` that stands for the model's own, when the model has one."""
+
+
+class FloatDefault(float):
+    """A default of `__call__` that stands for the model's own, when the model has one."""
+
+
+@dataclass
+class LatentDiffusionOutput:
+    """The pictures of one call.
+
+    Attributes:
+        images: a list of PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or latents (B, C, h, w).
+        nsfw_content_detected: None, as no safety checker runs.
+        seeds: the seed that draws picture i again; None where a generator was given.
+        latents: what the pictures were decoded from, (B, C, h, w), where `return_latents=True` asked for it.
+    """
+
+    images: Any
+    nsfw_content_detected: list[bool] | None = None
+    seeds: list[int] | None = None
+    latents: torch.Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, list[bool] | None]:
+        """Return what `return_dict=False` returns: (images, nsfw_content_detected)."""
+        return self.images, self.nsfw_content_detected
+
+
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """Check a whole number. Raises: LdmPipeError naming argument, value and range."""
+    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+        raise LdmPipeError(f"{name} is {value!r:.80}", how_to_fix=f"use a whole number from {low} to {high}")
+    return number
+
+
+def real_number(name: str, value: Any, low: float, high: float) -> float:
+    """Check a finite number. Raises: LdmPipeError naming argument, value and range."""
+    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
+        raise LdmPipeError(f"{name} is {value!r:.80}", how_to_fix=f"use a number from {low:g} to {high:g}")
+    return float(number)
+
+
+def one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
+    """Check a name. Raises: LdmPipeError listing the known ones."""
+    if not isinstance(value, str) or value not in known:
+        raise LdmPipeError(f"{name} is {value!r:.80}", how_to_fix=f"use one of {', '.join(known)}")
+    return value
+
+
+@dataclass(frozen=True)
+class Thresholding:
+    """How each estimate of x0 is kept in range; see `ldm_pipe.thresholding`."""
+
+    kind: str = "none"
+    percentile: float = 0.995
+    max_value: float = 1.0
+    space: str = "latent"
+
+    @classmethod
+    def read(cls, value: Any) -> Thresholding:
+        """Read a kind's name, a mapping of fields, or None for none.
+
+        Raises: LdmPipeError naming the field and what is allowed.
+        """
+        if value is None or isinstance(value, Thresholding):
+            return value or cls()
+        if isinstance(value, str):
+            return cls(one_of("thresholding", value, THRESHOLDING_KINDS))
+        if not isinstance(value, Mapping):
+            raise LdmPipeError(f"thresholding is {value!r}", how_to_fix=f"use one of {', '.join(THRESHOLDING_KINDS)}")
+        known = tuple(f.name for f in fields(cls))
+        for name in value:
+            one_of("a field of thresholding", name, known)
+        return cls(
+            one_of("thresholding kind", value.get("kind", "static"), THRESHOLDING_KINDS),
+            real_number("thresholding percentile", value.get("percentile", cls.percentile), 0.0, 1.0),
+            real_number("thresholding max_value", value.get("max_value", cls.max_value), 1e-3, 1e4),
+            one_of("thresholding space", value.get("space", cls.space), THRESHOLDING_SPACES),
+        )
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model is best drawn with; stored in its `ldm_pipe.json`. None leaves the pipeline's own default."""
+
+    sampler: str | None = None
+    spacing: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    thresholding: Thresholding | None = None
+    height: int | None = None
+    width: int | None = None
+
+    @classmethod
+    def read(cls, value: Any, where: str = "defaults") -> Defaults:
+        """Read the `defaults` of an `ldm_pipe.json`. Raises: LdmPipeError naming the field."""
+        if not isinstance(value, Mapping):
+            raise LdmPipeError(f"defaults must be an object, not {type(value).__name__}", where)
+        unknown = sorted(set(value) - {f.name for f in fields(cls)})
+        if unknown:
+            raise LdmPipeError(f"unknown defaults {unknown}", where, "Update ldm_pipe, or remove them.")
+        given = {name: item for name, item in value.items() if item is not None}
+        checks = {
+            "sampler": lambda v: one_of("sampler", v, sampler_names()),
+            "spacing": lambda v: one_of("spacing", v, SPACINGS),
+            "num_inference_steps": lambda v: whole_number("num_inference_steps", v, 1, 1_000_000),
+            "guidance_scale": lambda v: real_number("guidance_scale", v, 0.0, 1000.0),
+            "guidance_rescale": lambda v: real_number("guidance_rescale", v, 0.0, 1.0),
+            "thresholding": Thresholding.read,
+            "height": lambda v: whole_number("height", v, 1, MAX_SIDE),
+            "width": lambda v: whole_number("width", v, 1, MAX_SIDE),
+        }
+        return cls(**{name: checks[name](item) for name, item in given.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that are set, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def sampler_names() -> tuple[str, ...]:
+    """Return the names of the samplers `__call__` takes."""
+    from ldm_pipe import samplers
+
+    return tuple(samplers.NAMES)

@@ -1,0 +1,380 @@
+"""Check what a caller of the pipeline asks for, once and before any work, and settle every default.
+
+What enters: the arguments of `LatentDiffusionPipeline.__call__`. What leaves: a frozen `Request` without open questions, or
+one LdmPipeError that names argument, value and range. This file runs no network.
+"""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm_pipe.outputs import (
+    MAX_PICTURES,
+    MAX_SIDE,
+    OUTPUT_TYPES,
+    SPACINGS,
+    FloatDefault,
+    IntDefault,
+    Thresholding,
+    one_of,
+    real_number,
+    sampler_names,
+    whole_number,
+)
+from ldm_pipe.pretrained import LdmPipeError
+
+if TYPE_CHECKING:
+    from ldm_pipe.pipeline import LatentDiffusionPipeline
+
+MAX_PROMPT = 100_000  # characters; no encoder reads more than a few hundred tokens
+MAX_SEED = 2**63 - 1
+MAX_PIXELS = 2**32  # of one call
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked call; `num_pictures` pictures, prompt by prompt."""
+
+    prompts: tuple[str, ...] | None
+    negatives: tuple[str, ...]
+    prompt_embeds: Tensor | None
+    negative_embeds: Tensor | None
+    num_pictures: int
+    height: int
+    width: int
+    num_steps: int
+    timesteps: tuple[float, ...] | None
+    guidance_scale: float
+    guidance_rescale: float
+    eta: float
+    sampler: str
+    spacing: str | None
+    thresholding: Thresholding
+    seeds: tuple[int, ...] | None
+    generators: tuple[torch.Generator, ...] | torch.Generator | None
+    latents: Tensor | None
+    image: Tensor | None
+    mask: Tensor | None
+    strength: float
+    clip_skip: int | None
+    output_type: str
+    return_latents: bool
+    callback: Callable[..., Any] | None
+    callback_inputs: tuple[str, ...]
+
+    @property
+    def guided(self) -> bool:
+        """Return whether the unconditional network runs at all; as in diffusers it does above a scale of 1."""
+        return self.guidance_scale > 1
+
+    def rows(self) -> list[Request]:
+        """Split into requests of one picture each."""
+
+        def row(value: Any, i: int) -> Any:
+            return value if value is None or isinstance(value, torch.Generator) else value[i : i + 1]
+
+        names = ("prompts", "negatives", "prompt_embeds", "negative_embeds", "seeds", "generators", "latents", "image", "mask")
+        return [
+            replace(self, num_pictures=1, **{name: row(getattr(self, name), i) for name in names})
+            for i in range(self.num_pictures)
+        ]
+
+
+def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Request:
+    """Check the arguments of a call against each other and the model.
+
+    Raises: LdmPipeError naming argument, value and range.
+    """
+    prompts, num_prompts = _check_prompts(given["prompt"], given["prompt_embeds"])
+    per_prompt = whole_number("num_images_per_prompt", _default(given["num_images_per_prompt"], 1), 1, MAX_PICTURES)
+    count = num_prompts * per_prompt
+    whole_number("the number of pictures", count, 1, MAX_PICTURES)
+    scale, rescale = _check_guidance(pipe, given)
+    negatives = _check_negatives(given, num_prompts, guided=scale > 1)
+    embeds = _check_embeds(pipe, given, num_prompts, scale > 1)
+    sampler = one_of("sampler", _default(given["sampler"], pipe.defaults.sampler or "ddim"), sampler_names())
+    spacing = _default(given["spacing"], pipe.defaults.spacing)
+    eta = real_number("eta", given["eta"], 0.0, 1.0)
+    if eta > 0 and sampler != "ddim":
+        _ignored("eta", f"the sampler {sampler} has none; only ddim does")
+    image, mask, strength = _check_pictures(pipe, given, count, num_prompts)
+    height, width = _check_size(pipe, given, image)
+    whole_number("pictures x height x width", count * height * width, 1, MAX_PIXELS)
+    timesteps = _check_timesteps(pipe, given["timesteps"])
+    steps = _model_default(given["num_inference_steps"], pipe.defaults.num_inference_steps)
+    limit = pipe.schedule.num_train_timesteps
+    seeds, generators = _check_randomness(given["seed"], given["generator"], count)
+    thresholding = pipe.defaults.thresholding if given["thresholding"] is None else given["thresholding"]
+    return Request(
+        prompts=_spread(prompts, per_prompt),
+        negatives=_spread(negatives, per_prompt),
+        prompt_embeds=None if embeds[0] is None else embeds[0].repeat_interleave(per_prompt, dim=0),
+        negative_embeds=None if embeds[1] is None else embeds[1].repeat_interleave(per_prompt, dim=0),
+        num_pictures=count,
+        height=height,
+        width=width,
+        num_steps=len(timesteps) if timesteps else whole_number("num_inference_steps", steps, 1, limit),
+        timesteps=timesteps,
+        guidance_scale=scale,
+        guidance_rescale=rescale,
+        eta=eta,
+        sampler=sampler,
+        spacing=None if spacing is None else one_of("spacing", spacing, SPACINGS),
+        thresholding=Thresholding.read(thresholding),
+        seeds=seeds,
+        generators=generators,
+        latents=_check_latents(pipe, given["latents"], count, height, width),
+        image=image,
+        mask=mask,
+        strength=strength,
+        clip_skip=None if given["clip_skip"] is None else whole_number("clip_skip", given["clip_skip"], 0, 100),
+        output_type=one_of("output_type", _default(given["output_type"], "pil"), OUTPUT_TYPES),
+        return_latents=bool(given["return_latents"]),
+        callback=_check_callback(given["callback_on_step_end"]),
+        callback_inputs=_check_callback_inputs(given["callback_on_step_end_tensor_inputs"]),
+    )
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _model_default(value: Any, default: Any) -> Any:
+    """Replace the signature's default, recognised by its type, with the model's own."""
+    untouched = value is None or isinstance(value, (IntDefault, FloatDefault))
+    return default if untouched and default is not None else value
+
+
+def _spread(texts: tuple[str, ...] | None, times: int) -> Any:
+    return None if texts is None else tuple(text for text in texts for _ in range(times))
+
+
+def _ignored(name: str, why: str) -> None:
+    warnings.warn(f"{name} has no effect: {why}", stacklevel=4)
+
+
+def check_text(name: str, value: Any) -> str:
+    """Check one prompt: a string that is text (no lone surrogates) and of sane length."""
+    if not isinstance(value, str):
+        raise LdmPipeError(f"{name} is a {type(value).__name__}", how_to_fix="give a string or a list of strings")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LdmPipeError(f"{name} is not valid text ({error.reason})", how_to_fix="give valid Unicode") from None
+    if len(value) > MAX_PROMPT:
+        raise LdmPipeError(f"{name} has {len(value)} characters", how_to_fix=f"at most {MAX_PROMPT} are read")
+    return value
+
+
+def _check_prompts(prompt: Any, embeds: Any) -> tuple[tuple[str, ...] | None, int]:
+    if (prompt is None) == (embeds is None):
+        state = "neither" if prompt is None else "both"
+        raise LdmPipeError(f"{state} of prompt and prompt_embeds given", how_to_fix="give one of them")
+    if prompt is None:
+        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
+            raise LdmPipeError("prompt_embeds must be a tensor (batch, tokens, channels)", how_to_fix="see pipe.encode_prompt")
+        return None, embeds.shape[0]
+    if isinstance(prompt, str):
+        return (check_text("prompt", prompt),), 1
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise LdmPipeError(f"prompt is {prompt!r:.80}", how_to_fix="give a string or a list of at least one string")
+    return tuple(check_text(f"prompt {i}", text) for i, text in enumerate(prompt)), len(prompt)
+
+
+def _check_negatives(given: Mapping[str, Any], num_prompts: int, *, guided: bool) -> tuple[str, ...]:
+    negative = given["negative_prompt"]
+    if negative is not None and given["negative_prompt_embeds"] is not None:
+        raise LdmPipeError("both of negative_prompt and negative_prompt_embeds given", how_to_fix="give one of them")
+    if negative is None:
+        return ("",) * num_prompts
+    if isinstance(negative, str):
+        negatives: Sequence[Any] = [negative] * num_prompts
+    elif isinstance(negative, (list, tuple)):
+        negatives = negative
+    else:
+        raise LdmPipeError(f"negative_prompt is {negative!r:.80}", how_to_fix="give a string or a list of strings")
+    if len(negatives) != num_prompts:
+        what = f"{len(negatives)} negative prompts for {num_prompts} prompts"
+        raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
+    checked = tuple(check_text(f"negative_prompt {i}", text) for i, text in enumerate(negatives))
+    if any(checked) and not guided:
+        _ignored("negative_prompt", "it needs a guidance_scale above 1")
+    return checked
+
+
+def _check_embeds(
+    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], num_prompts: int, guided: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check precomputed embeddings: width of the U-Net, one row per prompt, finite numbers."""
+    tokens, null = given["prompt_embeds"], given["negative_prompt_embeds"]
+    if null is not None and not guided:
+        _ignored("negative_prompt_embeds", "it needs a guidance_scale above 1")
+    for name, value in (("prompt_embeds", tokens), ("negative_prompt_embeds", null)):
+        if value is None:
+            continue
+        width = pipe.unet.config.get("cross_attention_dim")
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 3 or value.shape[0] != num_prompts:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise LdmPipeError(f"{name} is {shape}", how_to_fix=f"give a float tensor ({num_prompts}, tokens, {width})")
+        if isinstance(width, int) and value.shape[2] != width:
+            raise LdmPipeError(f"{name} has {value.shape[2]} channels", how_to_fix=f"the U-Net takes {width}")
+        if not bool(torch.isfinite(value).all()):
+            raise LdmPipeError(f"{name} holds NaN or infinity", how_to_fix="encode the prompt anew")
+    if tokens is not None and null is not None and tokens.shape != null.shape:
+        what = f"prompt_embeds {tuple(tokens.shape)} and negative_prompt_embeds {tuple(null.shape)} differ"
+        raise LdmPipeError(what, how_to_fix="give equal shapes")
+    return tokens, null
+
+
+def _check_guidance(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> tuple[float, float]:
+    scale = _model_default(given["guidance_scale"], pipe.defaults.guidance_scale)
+    scale = real_number("guidance_scale", scale, 0.0, 1000.0)
+    rescale = _model_default(given["guidance_rescale"], pipe.defaults.guidance_rescale)
+    rescale = real_number("guidance_rescale", rescale, 0.0, 1.0)
+    if 0 < scale < 1:
+        _ignored(f"guidance_scale {scale:g}", "up to 1 there is no guidance, as in diffusers")
+    if rescale > 0 and scale <= 1 and not isinstance(given["guidance_rescale"], FloatDefault):
+        _ignored("guidance_rescale", "it needs a guidance_scale above 1")
+    return scale, rescale
+
+
+def nearest_sizes(size: int, factor: int) -> str:
+    """Name the allowed sizes around one that is not."""
+    low = size // factor * factor
+    return f"{low} or {low + factor}" if low else str(factor)
+
+
+def _check_size(pipe: LatentDiffusionPipeline, given: Mapping[str, Any], image: Tensor | None) -> tuple[int, int]:
+    """Settle height and width: as given, else those of the picture or the latents, else the model's."""
+    factor, latents = pipe.factor, given["latents"]
+    if image is not None:
+        inherited = (image.shape[2], image.shape[3])
+    elif isinstance(latents, Tensor) and latents.ndim == 4:
+        inherited = (latents.shape[2] * factor, latents.shape[3] * factor)
+    else:
+        inherited = pipe.default_size
+    sides = []
+    for name, value in zip(("height", "width"), inherited, strict=True):
+        side = whole_number(name, _default(given[name], value), 1, MAX_SIDE)
+        if side % factor:
+            advice = f"use {nearest_sizes(side, factor)}: sides must be multiples of {factor}"
+            raise LdmPipeError(f"{name} is {side}", how_to_fix=advice)
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _check_pictures(
+    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], count: int, num_prompts: int
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Read `image` and `mask_image` and repeat them for every picture to draw."""
+    from ldm_pipe.pixels import load_images, load_masks
+
+    inpainting = given["mask_image"] is not None
+    strength = real_number("strength", _default(given["strength"], 1.0 if inpainting else 0.8), 0.0, 1.0)
+    if given["image"] is None:
+        if inpainting:
+            raise LdmPipeError("mask_image without image", how_to_fix="give the picture to paint into as image")
+        if given["strength"] is not None:
+            _ignored("strength", "it needs an image")
+        if pipe.unet.config.in_channels != pipe.autoencoder.latent_channels:
+            what = f"the U-Net takes {pipe.unet.config.in_channels} channels: it paints into pictures"
+            raise LdmPipeError(what, how_to_fix="give image and mask_image")
+        return None, None, 1.0
+    size = None
+    if given["height"] is not None or given["width"] is not None:
+        default = pipe.default_size
+        size = (
+            whole_number("height", _default(given["height"], default[0]), 1, MAX_SIDE),
+            whole_number("width", _default(given["width"], default[1]), 1, MAX_SIDE),
+        )
+    image = _repeat("image", load_images(given["image"], size), count, num_prompts)
+    if given["latents"] is not None and not inpainting:
+        raise LdmPipeError("both of image and latents given", how_to_fix="give one of them: image starts from its own latents")
+    if not inpainting:
+        return image, None, strength
+    mask = _repeat("mask_image", load_masks(given["mask_image"], size), count, num_prompts)
+    if mask.shape[2:] != image.shape[2:]:
+        sizes = f"mask_image is {mask.shape[3]}x{mask.shape[2]}, image {image.shape[3]}x{image.shape[2]}"
+        raise LdmPipeError(sizes, how_to_fix="give the same size, or height and width")
+    return image, mask, strength
+
+
+def _repeat(name: str, batch: Tensor, count: int, num_prompts: int) -> Tensor:
+    """Repeat one picture for all, or one per prompt for each of its pictures."""
+    if batch.shape[0] == count:
+        return batch
+    if batch.shape[0] not in (1, num_prompts):
+        what = f"{batch.shape[0]} pictures in {name} for {num_prompts} prompts"
+        raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
+    return batch.repeat_interleave(count // batch.shape[0], dim=0)
+
+
+def _check_latents(pipe: LatentDiffusionPipeline, latents: Any, count: int, height: int, width: int) -> Tensor | None:
+    if latents is None:
+        return None
+    wanted = (count, pipe.autoencoder.latent_channels, height // pipe.factor, width // pipe.factor)
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != wanted:
+        shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise LdmPipeError(f"latents is {shape}", how_to_fix=f"give a float tensor {wanted}")
+    if not bool(torch.isfinite(latents).all()):
+        raise LdmPipeError("latents holds NaN or infinity", how_to_fix="give unit Gaussian noise")
+    return latents
+
+
+def _check_timesteps(pipe: LatentDiffusionPipeline, timesteps: Any) -> tuple[float, ...] | None:
+    if timesteps is None:
+        return None
+    last = pipe.schedule.num_train_timesteps - 1
+    if isinstance(timesteps, Tensor):
+        timesteps = timesteps.tolist()
+    if not isinstance(timesteps, (list, tuple)) or not 1 <= len(timesteps) <= last + 1:
+        raise LdmPipeError(f"timesteps is {timesteps!r:.80}", how_to_fix=f"give a falling list of times from {last} to 0")
+    times = tuple(real_number(f"timesteps[{i}]", t, 0, last) for i, t in enumerate(timesteps))
+    if any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
+        raise LdmPipeError("timesteps do not fall", how_to_fix=f"give a falling list of times from {last} to 0")
+    return times
+
+
+def _check_randomness(
+    seed: Any, generator: Any, count: int
+) -> tuple[tuple[int, ...] | None, tuple[torch.Generator, ...] | torch.Generator | None]:
+    """Settle one seed per picture; without any, draw one and tell it, so that the picture can be had again."""
+    if generator is not None:
+        if seed is not None:
+            raise LdmPipeError("both of seed and generator given", how_to_fix="give one of them")
+        if isinstance(generator, torch.Generator):
+            return None, generator
+        generators = tuple(generator) if isinstance(generator, (list, tuple)) else ()
+        if len(generators) != count or not all(isinstance(g, torch.Generator) for g in generators):
+            raise LdmPipeError(
+                f"generator is {generator!r:.80}", how_to_fix=f"give a torch.Generator, or a list of {count} for {count} pictures"
+            )
+        return None, generators
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != count:
+            raise LdmPipeError(f"{len(seed)} seeds for {count} pictures", how_to_fix="give one number, or one for each")
+        return tuple(whole_number(f"seed {i}", s, 0, MAX_SEED) for i, s in enumerate(seed)), None
+    first = whole_number("seed", seed, 0, MAX_SEED - count)
+    return tuple(range(first, first + count)), None
+
+
+def _check_callback(callback: Any) -> Callable[..., Any] | None:
+    if callback is not None and not callable(callback):
+        raise LdmPipeError("callback_on_step_end cannot be called", how_to_fix="give a function (pipe, i, t, tensors) -> tensors")
+    return callback
+
+
+def _check_callback_inputs(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple)):
+        raise LdmPipeError(f"callback_on_step_end_tensor_inputs is {names!r:.80}", how_to_fix="give a list of names")
+    return tuple(one_of("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS) for name in names)
