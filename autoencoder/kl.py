@@ -12,8 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from autoencoder.config import AutoencoderKLConfig, check, is_positive
 from autoencoder.gaussian import DiagonalGaussian
 from autoencoder.networks import Decoder, Encoder
-from autoencoder.tiling import tiled
+from autoencoder.tiling import Strips
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
 
-MIN_TILE_LATENTS = 64
+DEFAULT_TILE_SIZE = 512
 
+ModuleT = TypeVar("ModuleT", bound="nn.Module | None")
 Build = Callable[[torch.dtype], Callable[[Tensor], Tensor]]
 """Makes one half of the network in a dtype."""
 
@@ -54,7 +54,7 @@ class AutoencoderKL(PretrainedModule):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
         self._set_config(config, extra or {})
         self._slicing = False
-        self._tile: tuple[int, int] | None = None  # side and overlap, in latents
+        self._tile_area: int | None = None  # pixels
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoencoderKL:
@@ -126,7 +126,7 @@ class AutoencoderKL(PretrainedModule):
         Raises: LdmPipeError if the size does not fit, or if numbers overflow and float32 does not cure it.
         """
         self._check_image(image)
-        moments = self._run(self._encoder, image, "the encoded image", Fraction(1, self.factor))
+        moments = self._run(self._encoder, image, "the encoded image")
         return DiagonalGaussian.from_moments(moments)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -156,7 +156,7 @@ class AutoencoderKL(PretrainedModule):
             )
         scale, shift = self._scale_shift(z)
         raw = z.float() / scale + shift
-        return self._run(self._decoder, raw, "the decoded image", Fraction(self.factor)).to(z.dtype)
+        return self._run(self._decoder, raw, "the decoded image").to(z.dtype)
 
     def forward(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruct an image, for training (wrappers such as DDP see only this).
@@ -170,18 +170,38 @@ class AutoencoderKL(PretrainedModule):
 
     def _encoder(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """Return image -> moments, in the dtype given."""
-        return _chain((self.encoder, self.quant_conv), dtype, self.dtype)
+        encoder, conv = _cast(self.encoder, dtype), _cast(self.quant_conv, dtype)
+
+        def encode(image: Tensor) -> Tensor:
+            features = self._strips(image).encode(encoder, image) if self._tiles(image.shape) else encoder(image)
+            return conv(features) if conv else features
+
+        return encode
 
     def _decoder(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """Return raw latents -> image, in the dtype given."""
-        return _chain((self.post_quant_conv, self.decoder), dtype, self.dtype)
+        decoder, conv = _cast(self.decoder, dtype), _cast(self.post_quant_conv, dtype)
 
-    def _run(self, build: Build, x: Tensor, what: str, scale: Fraction) -> Tensor:
-        """Apply one half, in slices or tiles where asked; cure overflow of float16 by float32."""
+        def decode(raw: Tensor) -> Tensor:
+            raw = conv(raw) if conv else raw
+            return self._strips(raw).decode(decoder, raw) if self._tiles(raw.shape, self.factor) else decoder(raw)
+
+        return decode
+
+    def _tiles(self, shape: torch.Size, factor: int = 1) -> bool:
+        """Tell whether a picture is to be worked on in pieces."""
+        return self._tile_area is not None and shape[2] * shape[3] * factor**2 > self._tile_area
+
+    def _strips(self, x: Tensor) -> Strips:
+        assert self._tile_area is not None
+        return Strips(self._tile_area, x.device)
+
+    def _run(self, build: Build, x: Tensor, what: str) -> Tensor:
+        """Apply one half, in slices where asked; cure overflow of float16 by float32."""
         # A CPU has no fast path for float16.
         upcast = self.dtype == torch.float16 and (self._fields.force_upcast or x.device.type == "cpu")
         dtype = torch.float32 if upcast else self.dtype
-        y = self._in_parts(build(dtype), x.to(dtype), scale)
+        y = self._in_slices(build(dtype), x.to(dtype))
         if self.training or bool(torch.isfinite(y).all()):
             return y
         if not bool(torch.isfinite(x).all()):
@@ -191,24 +211,15 @@ class AutoencoderKL(PretrainedModule):
             raise LdmPipeError("NaN or infinity in the output, in float32", what, "The weights are damaged.")
         warnings.warn(f"{what} overflowed in {y.dtype}; computing it again in float32", stacklevel=3)
         with torch.autocast(x.device.type, enabled=False):
-            y = self._in_parts(build(torch.float32), x.float(), scale)
+            y = self._in_slices(build(torch.float32), x.float())
         if not bool(torch.isfinite(y).all()):
             raise LdmPipeError("NaN or infinity in the output, in float32 too", what, "The weights are damaged.")
         return y
 
-    def _in_parts(self, function: Callable[[Tensor], Tensor], x: Tensor, scale: Fraction) -> Tensor:
+    def _in_slices(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self._slicing and x.shape[0] > 1:
-            return torch.cat([self._in_tiles(function, part, scale) for part in x.split(1)])
-        return self._in_tiles(function, x, scale)
-
-    def _in_tiles(self, function: Callable[[Tensor], Tensor], x: Tensor, scale: Fraction) -> Tensor:
-        if self._tile is None:
-            return function(x)
-        tile, overlap = self._tile
-        unit = self.factor if scale < 1 else 1  # encoding: tiles of pixels begin at whole latents
-        if max(x.shape[2:]) <= tile * unit:
-            return function(x)
-        return tiled(function, x, tile=tile, overlap=overlap, scale=scale, unit=unit)
+            return torch.cat([function(part) for part in x.split(1)])
+        return function(x)
 
     def _scale_shift(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         mean, std = self._fields.latents_mean, self._fields.latents_std
@@ -238,29 +249,18 @@ class AutoencoderKL(PretrainedModule):
         """Encode and decode whole batches again."""
         self._slicing = False
 
-    def enable_tiling(self, tile_size: int | None = None, overlap: float = 0.25) -> None:
-        """Encode and decode images larger than a tile in blended tiles, to bound memory.
+    def enable_tiling(self, tile_size: int = DEFAULT_TILE_SIZE) -> None:
+        """Encode and decode images larger than a tile piece by piece, to save memory; the result is the same.
 
         Args:
-            tile_size: side of a tile in pixels, a multiple of the factor; None: the config's sample size, but at
-                least 64 latents.
-            overlap: share of a tile that neighbours have in common, in (0, 0.5].
+            tile_size: side in pixels of the square whose area is worked on at once.
         """
-        if not 0.0 < overlap <= 0.5:
-            raise LdmPipeError(f"overlap {overlap}", "enable_tiling", "Give a share in (0, 0.5].")
-        if tile_size is None:
-            size = self._fields.sample_size
-            tile = max((max(size) if isinstance(size, tuple) else size) // self.factor, MIN_TILE_LATENTS)
-        elif tile_size % self.factor or tile_size < 4 * self.factor:
-            fix = f"Give a multiple of {self.factor}, at least {4 * self.factor}."
-            raise LdmPipeError(f"tile size {tile_size}", "enable_tiling", fix)
-        else:
-            tile = tile_size // self.factor
-        self._tile = (tile, max(round(tile * overlap), 1))
+        check(tile_size >= 16, "tile_size", tile_size, "at least 16 pixels")
+        self._tile_area = tile_size**2
 
     def disable_tiling(self) -> None:
-        """Encode and decode whole images again."""
-        self._tile = None
+        """Encode and decode images at once again."""
+        self._tile_area = None
 
     # The latent statistics
 
@@ -321,13 +321,8 @@ def _nearest(side: int, factor: int) -> str:
     return f"{down} or {up}" if down != up else str(up)
 
 
-def _chain(modules: Sequence[nn.Module | None], dtype: torch.dtype, present: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Compose modules, as they are or, for another dtype, as temporary copies (the model itself is never changed)."""
-    steps = [m if dtype == present else copy.deepcopy(m).to(dtype) for m in modules if m is not None]
-
-    def apply(x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(x)
-        return x
-
-    return apply
+def _cast(module: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Return a module itself or, for another dtype, a temporary copy (the model is never changed by a call)."""
+    if module is None or next(module.parameters()).dtype == dtype:
+        return module
+    return copy.deepcopy(module).to(dtype)

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 GROUP_NORM_EPS = 1e-6
 
 
-def _silu(x: Tensor) -> Tensor:
+def silu(x: Tensor) -> Tensor:
     """Apply SiLU; it only ever sees the fresh output of a norm, hence in place where no gradient is kept."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": _silu,
-    "swish": _silu,
+    "silu": silu,
+    "swish": silu,
     "mish": F.mish,
     "gelu": F.gelu,
     "relu": F.relu,
@@ -165,6 +165,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(widths[-1], num_groups, act_fn, mid_attention)
         self.conv_norm_out = nn.GroupNorm(num_groups, widths[-1], eps=GROUP_NORM_EPS)
+        self.act = silu  # whatever act_fn says, as in diffusers
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(_silu(self.conv_norm_out(x)))
+        return self.conv_out(self.act(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -209,6 +210,7 @@ class Decoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.conv_norm_out = nn.GroupNorm(num_groups, widths[-1], eps=GROUP_NORM_EPS)
+        self.act = silu  # whatever act_fn says, as in diffusers
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -216,4 +218,4 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(_silu(self.conv_norm_out(x)))
+        return self.conv_out(self.act(self.conv_norm_out(x)))

@@ -1,76 +1,132 @@
-"""Apply a network to a large map tile by tile, and blend the overlaps so that no seam shows.
+"""Run the encoder and the decoder piece by piece, with the result they have at once.
 
-A map enters, a map `scale` times its size leaves. What the network computes is not known here.
+Customary tiling cuts the latents, decodes each tile alone and blends: every tile then has group norm statistics and
+attention of its own, its tone differs from its neighbour's, and seams show. Here each convolution runs over strips of
+rows that overlap by what the kernel sees, while the statistics of each norm are those of the whole map. There is no
+seam to hide, and no work is done twice but for the overlaps. What it saves is memory: at any time one or two feature
+maps, which lie in main memory where the work is done on another device, and the work space of one strip.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from fractions import Fraction
-from itertools import product
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from autoencoder.networks import Decoder, Encoder, Level, ResnetBlock
+
+STORE = torch.device("cpu")
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles begin: evenly spread, all of one size, neighbours sharing at least `overlap`.
-
-    The last tile is as large as the others (a sliver would have group norm statistics of its own, and show).
-    """
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-def blend_weight(size: int, overlap: int, *, first: bool, last: bool) -> Tensor:
-    """Return the weight of each position of a tile along one side, shape (size,).
-
-    Inside it is 1. Over the overlap it rises as 3 u^2 - 2 u^3, which neighbours complete to 1, with a flat start: the
-    outer quarter of the overlap, where the tile's zero padding is felt most, is left to the neighbour.
-    """
-    weight = torch.ones(size)
-    distance = torch.arange(size) + 0.5
-    rise = ((distance - overlap / 4) / max(overlap / 2, 1)).clamp(0.0, 1.0)
-    rise = rise.square() * (3.0 - 2.0 * rise)
-    if not first:
-        weight = weight * rise
-    if not last:
-        weight = weight * rise.flip(0)
-    return weight
-
-
-def tiled(
-    function: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, overlap: int, scale: Fraction, unit: int = 1
-) -> Tensor:
-    """Apply a function to overlapping tiles of x and blend the results.
+class Strips:
+    """Apply parts of a network to maps in strips.
 
     Args:
-        function: maps (B, C, h, w) to (B, D, scale h, scale w).
-        x: (B, C, H, W).
-        tile: side of a tile, in units.
-        overlap: least overlap of neighbours, in units, smaller than the tile.
-        scale: size of the output over size of the input; a unit times the scale is whole.
-        unit: positions of x that tiles begin at multiples of.
-    Returns: (B, D, scale H, scale W), in the dtype of the function's result.
+        area: positions of a map that are worked on at once.
+        device: where the work is done.
     """
-    height, width = (int(side * scale) for side in x.shape[2:])
-    tops, lefts = (tile_starts(side // unit, tile, overlap) for side in x.shape[2:])
-    out: Tensor | None = None
-    total = torch.zeros(height, width, device=x.device)
-    for top, left in product(tops, lefts):
-        y = function(x[:, :, unit * top : unit * (top + tile), unit * left : unit * (left + tile)])
-        ramp = int(overlap * unit * scale)
-        rows = blend_weight(y.shape[2], ramp, first=top == tops[0], last=top == tops[-1])
-        columns = blend_weight(y.shape[3], ramp, first=left == lefts[0], last=left == lefts[-1])
-        weight = (rows[:, None] * columns[None, :]).to(y.device)
-        if out is None:
-            out = torch.zeros(*y.shape[:2], height, width, dtype=y.dtype, device=y.device)
-        y0, x0 = int(top * unit * scale), int(left * unit * scale)
-        area = (..., slice(y0, y0 + y.shape[2]), slice(x0, x0 + y.shape[3]))
-        out[area] += (y * weight).to(y.dtype)
-        total[area] += weight
-    assert out is not None
-    return (out / total).to(out.dtype)
+
+    def __init__(self, area: int, device: torch.device) -> None:
+        self.area, self.device = area, device
+
+    def decode(self, decoder: Decoder, z: Tensor) -> Tensor:
+        """Map (B, in, h, w) to (B, out, f h, f w), as the decoder does."""
+        x = decoder.mid_block(decoder.conv_in(z)).to(STORE)
+        for level in decoder.up_blocks:
+            x = self._level(level, x)
+        return self._head(decoder, x)
+
+    def encode(self, encoder: Encoder, image: Tensor) -> Tensor:
+        """Map (B, in, H, W) to (B, out, H / f, W / f), as the encoder does."""
+        x = self._map(encoder.conv_in, image.to(STORE))
+        for level in encoder.down_blocks:
+            x = self._level(level, x)
+        return self._head(encoder, encoder.mid_block(x.to(self.device)).to(STORE))
+
+    def _head(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
+        normalise = self._normaliser(network.conv_norm_out, x)
+        return self._map(lambda part: network.conv_out(network.act(normalise(part))), x).to(self.device)
+
+    def _level(self, level: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(level, Level)
+        for resnet in level.resnets:
+            x = self._resnet(resnet, x)
+        for downsample in level.downsamplers:
+            # Strips begin at even rows; the module pads below, which only the last strip may keep.
+            x = self._map(downsample, x, halo=2, shrink=2)
+        for upsample in level.upsamplers:
+            x = self._map(upsample, x, grow=2)
+        return x
+
+    def _resnet(self, block: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(block, ResnetBlock)
+        normalise1 = self._normaliser(block.norm1, x)
+        h = self._map(lambda part: block.conv1(block.act(normalise1(part))), x)
+        if block.conv_shortcut is not None:
+            x = self._map(block.conv_shortcut, x, halo=0)
+        elif torch.is_grad_enabled():
+            x = x.clone()
+        normalise2 = self._normaliser(block.norm2, h)
+        return self._map(lambda part: block.conv2(block.act(normalise2(part))), h, add_to=x)
+
+    def _spans(self, x: Tensor) -> Iterator[tuple[int, int]]:
+        """Yield first and last-but-one row of each strip; an even number of rows."""
+        rows = max(self.area // x.shape[3] // 2, 1) * 2
+        for start in range(0, x.shape[2], rows):
+            yield start, min(start + rows, x.shape[2])
+
+    def _map(
+        self,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        *,
+        halo: int = 1,
+        grow: int = 1,
+        shrink: int = 1,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        """Apply a function that sees `halo` rows around and scales both sides by grow / shrink."""
+        out = add_to
+        for start, stop in self._spans(x):
+            low, high = max(start - halo, 0), min(stop + halo, x.shape[2])
+            y = function(x[:, :, low:high].to(self.device))
+            first, count = (start - low) * grow // shrink, (stop - start) * grow // shrink
+            y = y[:, :, first : first + count].to(STORE)
+            if out is None:
+                out = y.new_empty(*y.shape[:2], x.shape[2] * grow // shrink, y.shape[3])
+            at = slice(start * grow // shrink, start * grow // shrink + count)
+            if add_to is None:
+                out[:, :, at] = y
+            else:
+                out[:, :, at] += y
+        assert out is not None
+        return out
+
+    def _normaliser(self, norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the group norm of a strip under the statistics of the whole map."""
+        assert isinstance(norm, nn.GroupNorm)
+        count, mean, deviations = 0, torch.zeros(()), torch.zeros(())
+        for start, stop in self._spans(x):
+            values = (
+                x[:, :, start:stop].to(self.device).float().flatten(2).unflatten(1, (norm.num_groups, -1)).flatten(2)
+            )
+            # Strips are joined as in Chan, Golub & LeVeque 1979, eq. 2.1: no sum of squares that cancels.
+            var, part_mean = torch.var_mean(values, dim=2, correction=0)
+            size = values.shape[2]
+            if count == 0:
+                count, mean, deviations = size, part_mean, var * size
+                continue
+            delta = part_mean - mean
+            deviations = deviations + var * size + delta.square() * (count * size / (count + size))
+            mean = mean + delta * (size / (count + size))
+            count += size
+        each = norm.num_channels // norm.num_groups
+        scale = torch.rsqrt(deviations / count + norm.eps).repeat_interleave(each, 1) * norm.weight  # (B, C)
+        scale, mean = scale[:, :, None, None], mean.repeat_interleave(each, 1)[:, :, None, None]
+        shift = norm.bias[:, None, None]
+
+        def normalise(part: Tensor) -> Tensor:
+            return ((part.float() - mean) * scale + shift).to(part.dtype)
+
+        return normalise
