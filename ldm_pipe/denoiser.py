@@ -1,0 +1,127 @@
+"""From the network's raw output to an estimate of x0: the one border where predictions end.
+
+Enters: a network, a noise law, and what the network predicts. Leaves: `Denoiser`, a map (x_t, t, cond) -> x0, and the `Denoise`
+closure type that guidance and thresholding return and samplers take. This file does not know guidance or samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.process import to_x0
+from ldm_pipe.schedule import NoiseSchedule, Prediction
+
+ConditionT = TypeVar("ConditionT", bound="ConditionLike")
+
+
+class ConditionLike(Protocol):
+    """What the diffusion needs to know of a condition: named slots that go to the network, and joining along the batch."""
+
+    @property
+    def tokens(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def token_mask(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def pooled(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def spatial(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def labels(self) -> Tensor | None: ...  # noqa: D102
+    @classmethod
+    def cat(cls: type[ConditionT], conditions: Sequence[Any]) -> ConditionT: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """An estimate of x0 and, if the network learnt one, of the log variance of the step; shape (B, *) each."""
+
+    x0: Tensor
+    log_var: Tensor | None = None
+
+
+Denoise = Callable[[Tensor, Tensor], Denoised]
+
+
+def parameter_dtype(module: object, default: torch.dtype) -> torch.dtype:
+    """Return the dtype a module computes in, or `default` for what has no parameters."""
+    parameters = getattr(module, "parameters", None)
+    first = next(iter(parameters()), None) if callable(parameters) else None
+    return default if first is None else first.dtype
+
+
+class Denoiser:
+    """Estimate x0 from x_t with a network of any prediction.
+
+    The network runs in its own precision; x_t, alpha, sigma and x0 are at least float32, because x0 from eps divides by a
+    small alpha.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], schedule: NoiseSchedule, prediction: Prediction | None = None) -> None:
+        """Join a network and its noise law.
+
+        Args:
+            net: called as net(x_t, t, tokens=, token_mask=, pooled=, spatial=, labels=) -> shape of x_t.
+            schedule: gives alpha and sigma at t.
+            prediction: what the network outputs; None is the schedule's.
+
+        Raises: LdmPipeError for eps with a schedule that reaches alpha = 0, where eps says nothing about x0.
+        """
+        self.net = net
+        self.schedule = schedule
+        self.prediction: Prediction = schedule.prediction if prediction is None else prediction
+        if self.prediction == "eps" and float(schedule.alpha(schedule.num_train_timesteps - 1)) == 0:
+            raise LdmPipeError(
+                "prediction eps on a schedule with a zero terminal SNR: at alpha = 0 there is no x0 in it",
+                where="Denoiser",
+                how_to_fix='use a network trained with prediction="v", or a schedule without zero terminal SNR',
+            )
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: ConditionLike | None = None) -> Tensor:
+        """Run the network once.
+
+        Args:
+            x_t: shape (B, *).
+            t: network time, scalar or shape (B,).
+            cond: what to condition on, B rows.
+
+        Returns: the raw prediction in the dtype of the frame, shape (B, *).
+        """
+        frame = _frame_dtype(x_t)
+        slots: dict[str, Tensor | None] = {}
+        if cond is not None:
+            slots = {
+                "tokens": cond.tokens,
+                "token_mask": cond.token_mask,
+                "pooled": cond.pooled,
+                "spatial": cond.spatial,
+                "labels": cond.labels,
+            }
+        time = t.to(device=x_t.device, dtype=torch.float32)
+        output = self.net(x_t.to(parameter_dtype(self.net, frame)), time, **slots).to(frame)
+        if output.shape != x_t.shape:
+            raise LdmPipeError(
+                f"the network maps {tuple(x_t.shape)} to {tuple(output.shape)}",
+                where="Denoiser",
+                how_to_fix="its output needs the shape of its input",
+            )
+        return output
+
+    def to_denoised(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        """Turn a raw prediction at (x_t, t) into x0."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return Denoised(to_x0(self.prediction, output, x_t.to(_frame_dtype(x_t)), alpha, sigma))
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: ConditionLike | None = None) -> Denoised:
+        """Estimate x0, shape (B, *); arguments as in `predict`."""
+        return self.to_denoised(self.predict(x_t, t, cond), x_t, t)
+
+
+def _frame_dtype(x_t: Tensor) -> torch.dtype:
+    """Return float64 for float64, else float32."""
+    return torch.float64 if x_t.dtype == torch.float64 else torch.float32

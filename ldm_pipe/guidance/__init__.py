@@ -1,0 +1,5 @@
+"""Guidance: ways to steer a denoiser towards its condition. Each returns a `Denoise`; samplers never hear of it."""
+
+from ldm_pipe.guidance.classifier_free import cfg
+
+__all__ = ["cfg"]
