@@ -1,0 +1,51 @@
+"""DDIM: straight steps along the estimated noise, with as much fresh noise as asked for. Order 1."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ldm_pipe.denoiser import Denoise
+from ldm_pipe.noise import Noise
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.process import eps_from_x0
+from ldm_pipe.samplers.common import Callback, fresh, report
+from ldm_pipe.schedule import Steps
+
+
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    steps: Steps,
+    *,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample with DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16).
+
+        x_s = alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau noise,   tau = eta * standard deviation of DDPM's step
+
+    Args:
+        denoise: maps (x_t, t) to an estimate of x0, same shape as x_t.
+        x: the state at row 0 of the steps, shape (B, *).
+        steps: levels from noise to clean.
+        noise: source of fresh noise, needed where eta > 0.
+        eta: 0 deterministic, 1 ancestral (DDPM).
+        callback: see `samplers.common.Callback`.
+
+    Returns: x at the last row, shape (B, *).
+
+    Raises: LdmPipeError if eta is outside [0, 1] or noise is missing.
+    """
+    if not 0 <= eta <= 1:
+        raise LdmPipeError(f"eta is {eta}", how_to_fix="use a number from 0 (deterministic) to 1 (ancestral)")
+    for i, (t, alpha_t, sigma_t, alpha_s, sigma_s) in enumerate(steps.pairs()):
+        x0 = denoise(x, t).x0
+        eps = eps_from_x0(x, x0, alpha_t, sigma_t)
+        b = max(sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2, 0.0)
+        tau = eta * b**0.5 * sigma_s / sigma_t
+        x = alpha_s * x0 + max(sigma_s**2 - tau**2, 0.0) ** 0.5 * eps
+        if tau > 0:
+            x = x + tau * fresh(noise, x, "ddim with eta > 0")
+        x = report(callback, i, t, x, x0)
+    return x
