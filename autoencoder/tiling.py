@@ -70,9 +70,9 @@ class Strips:
         normalise2 = self._normaliser(block.norm2, h)
         return self._map(lambda part: block.conv2(block.act(normalise2(part))), h, add_to=x)
 
-    def _spans(self, x: Tensor) -> Iterator[tuple[int, int]]:
-        """Yield first and last-but-one row of each strip; an even number of rows."""
-        rows = max(self.area // x.shape[3] // 2, 1) * 2
+    def _spans(self, x: Tensor, grow: int = 1) -> Iterator[tuple[int, int]]:
+        """Yield where each strip starts and stops; it has an even number of rows."""
+        rows = max(self.area // (grow**2 * x.shape[3]) // 2, 1) * 2
         for start in range(0, x.shape[2], rows):
             yield start, min(start + rows, x.shape[2])
 
@@ -88,7 +88,7 @@ class Strips:
     ) -> Tensor:
         """Apply a function that sees `halo` rows around and scales both sides by grow / shrink."""
         out = add_to
-        for start, stop in self._spans(x):
+        for start, stop in self._spans(x, grow):
             low, high = max(start - halo, 0), min(stop + halo, x.shape[2])
             y = function(x[:, :, low:high].to(self.device))
             first, count = (start - low) * grow // shrink, (stop - start) * grow // shrink
