@@ -1,0 +1,1 @@
+"""Pictures and captions: reading, checking, ordering and caching what the trainings use."""
