@@ -156,7 +156,9 @@ def _read_levels(config: Mapping[str, Any]) -> tuple[LevelSpec, ...]:
         raise _refuse("reverse_transformer_layers_per_block", reverse, f"null or a list of {count}")
     nested = any(isinstance(depth, (list, tuple)) for depth in depths)
     if reverse is None and nested:
-        raise _refuse("transformer_layers_per_block", depths, "numbers, or reverse_transformer_layers_per_block as well")
+        raise _refuse(
+            "transformer_layers_per_block", depths, "numbers, or reverse_transformer_layers_per_block as well"
+        )
     up_depths = depths if reverse is None else list(reverse)[::-1]
     levels = []
     for i in range(count):
@@ -317,5 +319,7 @@ def write_config(spec: UNetSpec) -> dict[str, Any]:
         "encoder_hid_dim_type": "text_proj" if spec.token_dim else None,
     }
     if read_config(config) != spec:
-        raise LdmPipeError("this U-Net has no diffusers config", "U-Net spec", "The mid block must follow the last level.")
+        raise LdmPipeError(
+            "this U-Net has no diffusers config", "U-Net spec", "The mid block must follow the last level."
+        )
     return config

@@ -201,11 +201,13 @@ class UNet(PretrainedModule):
         """
         written = config.get("_class_name", cls.class_name)
         if written != cls.class_name:
-            raise LdmPipeError(f"_class_name = {written!r} cannot be represented", "U-Net config", f"Allowed: {cls.class_name}.")
+            raise LdmPipeError(
+                f"_class_name = {written!r} cannot be represented", "U-Net config", f"Allowed: {cls.class_name}."
+            )
         return cls(read_config(config), config)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Save memory in training: each block is computed again on the way back (Chen et al. 2016, arXiv:1604.06174)."""
+        """Save memory in training: blocks are computed again on the way back (Chen et al. 2016, arXiv:1604.06174)."""
         for stage in self.modules():
             if isinstance(stage, Stage):
                 stage.checkpointing = enabled
@@ -238,7 +240,9 @@ class UNet(PretrainedModule):
             emb = torch.cat([emb, extra], dim=-1) if spec.concat_class else emb + extra
         elif spec.number_dim:
             vector = _needed(pooled, "pooled", "addition_embed_type 'text_time'")
-            numbers = sinusoid(_needed(labels, "labels", "addition_embed_type 'text_time'"), spec.number_dim, **frequencies)
+            numbers = sinusoid(
+                _needed(labels, "labels", "addition_embed_type 'text_time'"), spec.number_dim, **frequencies
+            )
             emb = emb + self.add_embedding(torch.cat([vector, numbers.flatten(1).to(vector.dtype)], dim=-1).to(x.dtype))
         return emb if spec.last_activation is None else ACTIVATIONS[spec.last_activation](emb)
 
