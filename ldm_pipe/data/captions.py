@@ -1,6 +1,6 @@
 """Captions for training: one drawing has a name and keywords, and users type either.
 
-What enters: a name, its keywords, a source of randomness. What leaves: one caption. Pure; knows no files and no tensors.
+What enters: a name, its keywords, a source of randomness. What leaves: one caption. Pure; knows no files.
 """
 
 from __future__ import annotations
