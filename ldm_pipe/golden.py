@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from conditioning import Condition
+from ldm_pipe import drawing, guidance, samplers
+from ldm_pipe.denoiser import Denoiser
+from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
 
 if TYPE_CHECKING:
@@ -24,20 +28,28 @@ NUM_VALUES = 8
 TOLERANCE = 1e-4  # relative to the largest value: fp32 rounding differs between machines by about 1e-6
 
 
+@torch.no_grad()
 def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     """Run two DDIM steps without guidance on the smallest latents the U-Net takes, and decode them.
 
     Returns: prompt, seed, size, and 8 evenly spread values each of the latents and the pixels.
     """
     side = max(8, 2 ** (len(pipe.unet.config.block_out_channels) - 1))
-    z, image = pipe.sample_bare(PROMPT, seed=SEED, num_steps=NUM_STEPS, side=side)
+    channels, num_extra = pipe.autoencoder.latent_channels, pipe.unet.config.in_channels - pipe.autoencoder.latent_channels
+    cond = drawing.encode(pipe, [PROMPT]).to(pipe.device, pipe.dtype)
+    x = Noise([SEED])((1, channels, side, side)).to(pipe.device)
+    if num_extra:
+        cond = cond.join(Condition(spatial=x.new_zeros(1, num_extra, side, side)))
+    steps = pipe.schedule.steps(NUM_STEPS, spacing=pipe.defaults.spacing or pipe.schedule.spacing or "trailing")
+    denoise = guidance.cfg(Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction), cond, None, 1.0)
+    z = samplers.ddim(denoise, x * steps.init_scale, steps)
     return {
         "prompt": PROMPT,
         "seed": SEED,
         "num_steps": NUM_STEPS,
         "side": side,
         "latents": _spread(z),
-        "pixels": _spread(image),
+        "pixels": _spread(pipe.autoencoder.decode(z.to(pipe.autoencoder.dtype))),
     }
 
 

@@ -6,12 +6,17 @@ This file knows the names and limits of settings, not how a picture is drawn.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm_pipe import samplers
+from ldm_pipe.png_info import PngInfo, sampler_label
 from ldm_pipe.pretrained import LdmPipeError
+
+if TYPE_CHECKING:
+    from ldm_pipe.request import Request
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -38,12 +43,14 @@ class LatentDiffusionOutput:
         nsfw_content_detected: None, as no safety checker runs.
         seeds: the seed that draws picture i again; None where a generator was given.
         latents: what the pictures were decoded from, (B, C, h, w), where `return_latents=True` asked for it.
+        infos: the settings of picture i, as they are written into PNG files.
     """
 
     images: Any
     nsfw_content_detected: list[bool] | None = None
     seeds: list[int] | None = None
     latents: torch.Tensor | None = None
+    infos: list[PngInfo] = field(default_factory=list)
 
     def to_tuple(self) -> tuple[Any, list[bool] | None]:
         """Return what `return_dict=False` returns: (images, nsfw_content_detected)."""
@@ -128,7 +135,7 @@ class Defaults:
             raise LdmPipeError(f"unknown defaults {unknown}", where, "Update ldm_pipe, or remove them.")
         given = {name: item for name, item in value.items() if item is not None}
         checks = {
-            "sampler": lambda v: one_of("sampler", v, sampler_names()),
+            "sampler": lambda v: one_of("sampler", v, samplers.NAMES),
             "spacing": lambda v: one_of("spacing", v, SPACINGS),
             "num_inference_steps": lambda v: whole_number("num_inference_steps", v, 1, 1_000_000),
             "guidance_scale": lambda v: real_number("guidance_scale", v, 0.0, 1000.0),
@@ -144,8 +151,24 @@ class Defaults:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def sampler_names() -> tuple[str, ...]:
-    """Return the names of the samplers `__call__` takes."""
-    from ldm_pipe import samplers
-
-    return tuple(samplers.NAMES)
+def picture_infos(request: Request, model: str, model_hash: str | None) -> list[PngInfo]:
+    """Describe each picture of a request in the customary words; what is at its default is left out."""
+    common = {"Steps": request.num_steps, "Sampler": sampler_label(request.sampler), "CFG scale": f"{request.guidance_scale:g}"}
+    rule = request.thresholding
+    further = {
+        "Model hash": model_hash,
+        "Model": model or None,
+        "Spacing": request.spacing,
+        "Eta": f"{request.eta:g}" if request.eta else None,
+        "Guidance rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
+        "Thresholding": None if rule.kind == "none" else f"{rule.kind} {rule.space} {rule.percentile:g} {rule.max_value:g}",
+        "Clip skip": request.clip_skip,
+        "Denoising strength": None if request.image is None else f"{request.strength:g}",
+    }
+    infos = []
+    for i in range(request.num_pictures):
+        seed = None if request.seeds is None else request.seeds[i]
+        settings = {**common, "Seed": seed, "Size": f"{request.width}x{request.height}", **further}
+        told = {name: str(value) for name, value in settings.items() if value is not None}
+        infos.append(PngInfo(request.prompts[i] if request.prompts else "", request.negatives[i], told))
+    return infos

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm_pipe import samplers
 from ldm_pipe.outputs import (
     MAX_PICTURES,
     MAX_SIDE,
@@ -25,7 +26,6 @@ from ldm_pipe.outputs import (
     Thresholding,
     one_of,
     real_number,
-    sampler_names,
     whole_number,
 )
 from ldm_pipe.pretrained import LdmPipeError
@@ -100,11 +100,12 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     scale, rescale = _check_guidance(pipe, given)
     negatives = _check_negatives(given, num_prompts, guided=scale > 1)
     embeds = _check_embeds(pipe, given, num_prompts, scale > 1)
-    sampler = one_of("sampler", _default(given["sampler"], pipe.defaults.sampler or "ddim"), sampler_names())
+    sampler = one_of("sampler", _default(given["sampler"], pipe.defaults.sampler or "ddim"), samplers.NAMES)
     spacing = _default(given["spacing"], pipe.defaults.spacing)
     eta = real_number("eta", given["eta"], 0.0, 1.0)
-    if eta > 0 and sampler != "ddim":
-        _ignored("eta", f"the sampler {sampler} has none; only ddim does")
+    if eta > 0 and not samplers.get(sampler).has_eta:
+        _ignored("eta", f"the sampler {sampler} has none")
+        eta = 0.0
     image, mask, strength = _check_pictures(pipe, given, count, num_prompts)
     height, width = _check_size(pipe, given, image)
     whole_number("pictures x height x width", count * height * width, 1, MAX_PIXELS)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,9 +205,12 @@ def write_folder(
     variant: str | None,
     own: Mapping[str, Any],
     card: str,
+    golden: Callable[[Path, str | None], dict[str, Any]],
 ) -> None:
     """Write all parts into a staging folder beside the target, then move them over; `ldm_pipe.json` moves last.
 
+    Args:
+        golden: draws the golden sample of a folder and variant.
     Raises: LdmPipeError if something cannot be written, or is no diffusers model.
     """
     if len(parts.text_encoders) != 1 or parts.text_encoders[0].tokenizer is None:
@@ -227,7 +230,9 @@ def write_folder(
         atomic_write(staging / "scheduler" / "scheduler_config.json", _json(scheduler))
         atomic_write(staging / "model_index.json", _json(_index(parts, str(scheduler["_class_name"]))))
         atomic_write(staging / "README.md", card)
-        atomic_write(staging / OWN_FILE, _json({"format_version": FORMAT_VERSION, **own}))
+        own = {"format_version": FORMAT_VERSION, **own}
+        atomic_write(staging / OWN_FILE, _json(own))
+        atomic_write(staging / OWN_FILE, _json({**own, "golden_sample": golden(staging, variant)}))
         os.chmod(staging, 0o777 & ~_umask())
         _move_over(staging, target)
     except OSError as error:

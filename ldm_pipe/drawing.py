@@ -1,0 +1,211 @@
+"""The stages of one call, each a function: encode, choose steps, start, sample.
+
+What enters: a pipeline and a checked request. What leaves: conditions, steps, the first x_t, and z. Settings are settled
+before (request.py); the order of the stages is the pipeline's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from conditioning import Condition
+from ldm_pipe import guidance, samplers
+from ldm_pipe.denoiser import Denoiser
+from ldm_pipe.noise import Noise
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.process import q_sample
+from ldm_pipe.schedule import Steps
+from ldm_pipe.stepping import Interrupted, Restore, StepHook
+from ldm_pipe.thresholding import threshold
+
+if TYPE_CHECKING:
+    from ldm_pipe.pipeline import LatentDiffusionPipeline
+    from ldm_pipe.request import Request
+
+Draw = Callable[[tuple[int, ...]], Tensor]
+
+
+def encode(pipe: LatentDiffusionPipeline, texts: Sequence[str], clip_skip: int | None = None) -> Condition:
+    """Encode texts with every text encoder; equal texts are encoded once.
+
+    Returns: Condition with tokens (B, L, D), several encoders' side by side along D.
+    """
+    if not pipe.text_encoders:
+        raise LdmPipeError("the pipeline has no text encoder", how_to_fix="Give prompt_embeds and negative_prompt_embeds.")
+    distinct = list(dict.fromkeys(texts))
+    conditions = []
+    for encoder in pipe.text_encoders:
+        with pipe.on_device(encoder):
+            conditions.append(encoder.encode(distinct, clip_skip=clip_skip))
+    joined = conditions[0]
+    for condition in conditions[1:]:
+        joined = joined.join(condition)
+    return joined.select([distinct.index(text) for text in texts])
+
+
+def encode_prompts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Condition, Condition | None]:
+    """Return the condition and, under guidance, the unconditional one; embeddings that were given are taken as they are."""
+
+    def condition(texts: Sequence[str] | None, embeds: Tensor | None) -> Condition:
+        cond = Condition(tokens=embeds) if embeds is not None else encode(pipe, texts or (), request.clip_skip)
+        return cond.to(pipe.device, pipe.dtype)
+
+    cond = condition(request.prompts, request.prompt_embeds)
+    uncond = condition(request.negatives, request.negative_embeds) if request.guided else None
+    if uncond is not None and uncond.tokens is not None and cond.tokens is not None:
+        if uncond.tokens.shape != cond.tokens.shape:
+            shapes = f"{tuple(cond.tokens.shape)}, the negative prompt's {tuple(uncond.tokens.shape)}"
+            raise LdmPipeError(f"the prompt's embeddings are {shapes}", how_to_fix="Give negative_prompt_embeds of the same shape.")
+    return cond, uncond
+
+
+def choose_steps(pipe: LatentDiffusionPipeline, request: Request) -> Steps:
+    """Choose the rows of a call; a picture to start from leaves the last part of them.
+
+    Raises: LdmPipeError if nothing is left to do.
+    """
+    if request.timesteps is None:
+        grid = samplers.get(request.sampler).grid
+        steps = pipe.schedule.steps(request.num_steps, spacing=request.spacing, grid=grid)
+    else:
+        t = torch.tensor(request.timesteps, dtype=torch.float64)
+        alpha, sigma = pipe.schedule.alpha_sigma(t)
+        last = torch.tensor([[-1.0], [1.0], [0.0]], dtype=torch.float64)
+        steps = Steps(*(torch.cat([v, end]) for v, end in zip((t, alpha, sigma), last, strict=True)))
+    return steps.from_strength(request.strength) if request.image is not None else steps
+
+
+def noise_source(pipe: LatentDiffusionPipeline, request: Request) -> Draw:
+    """Return the source of all noise of a call: float32, on the pipeline's device."""
+    if isinstance(request.generators, torch.Generator):
+        source = Noise.from_generator(request.generators)
+    elif request.generators is not None:
+        source = Noise.from_generators(request.generators)
+    else:
+        source = Noise(request.seeds or ())
+    return lambda shape: source(shape).to(pipe.device)
+
+
+def start(
+    pipe: LatentDiffusionPipeline, request: Request, steps: Steps, draw: Draw
+) -> tuple[Tensor, Tensor | None, Restore | None]:
+    """Make the first x_t: noise, or a diffused picture; draws come in diffusers' order.
+
+    Returns: x_t (B, C, h, w), the extra channels of an inpainting U-Net (B, 1 + C, h, w), and what puts the known part back
+    after each step of any other U-Net.
+    """
+    shape = (
+        request.num_pictures,
+        pipe.autoencoder.latent_channels,
+        request.height // pipe.factor,
+        request.width // pipe.factor,
+    )
+
+    def noise() -> Tensor:
+        return draw(shape) if request.latents is None else request.latents.to(pipe.device, torch.float32)
+
+    if request.image is None:
+        return noise() * steps.init_scale, None, None
+    image = (request.image * 2 - 1).to(pipe.device)
+    paints = pipe.unet.config.in_channels != pipe.autoencoder.latent_channels
+    fresh = request.mask is not None and request.strength == 1
+
+    def encoded(picture: Tensor) -> Tensor:
+        dtype = pipe.autoencoder.dtype
+        return pipe.autoencoder.encode(picture.to(dtype), draw(shape).to(dtype)).float()
+
+    with pipe.on_device(pipe.autoencoder):
+        z0 = None if fresh and paints else encoded(image)
+        eps = noise()
+        if fresh or z0 is None:
+            x = eps * steps.init_scale
+        else:
+            x = q_sample(z0, eps, float(steps.alpha[0]), float(steps.sigma[0]))
+        if request.mask is None:
+            return x, None, None
+        pixel_mask = request.mask.to(pipe.device)
+        mask = nn.functional.interpolate(pixel_mask, size=shape[2:])  # (B, 1, h, w)
+        if paints:
+            known = encoded(image * (pixel_mask < 0.5))
+            return x, torch.cat([mask, known], dim=1), None
+    assert z0 is not None
+    return x, None, _restore(steps, mask, z0, eps)
+
+
+def _restore(steps: Steps, mask: Tensor, z0: Tensor, eps: Tensor) -> Restore:
+    """Return what puts the known part, diffused to the level reached, back after each step (RePaint, arXiv:2201.09865, eq. 8)."""
+    alphas, sigmas = steps.alpha[1:].tolist(), steps.sigma[1:].tolist()
+    alphas[-1], sigmas[-1] = 1.0, 0.0
+
+    def restore(i: int, x: Tensor) -> Tensor:
+        return (1 - mask) * q_sample(z0, eps, alphas[i], sigmas[i]) + mask * x
+
+    return restore
+
+
+def build_denoise(
+    pipe: LatentDiffusionPipeline, request: Request, cond: Condition, uncond: Condition | None, scale: float
+) -> Callable[[Tensor, Tensor], Any]:
+    """Build (x_t, t) -> x0: the network under guidance, then thresholding."""
+    net = Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction)
+    if uncond is None or scale <= 1:
+        denoise = guidance.cfg(net, cond, None, 1.0)
+    else:
+        denoise = guidance.cfg(net, cond, uncond, scale, rescale=request.guidance_rescale)
+    rule = request.thresholding
+    if rule.kind == "none":
+        return denoise
+    return threshold(
+        denoise,
+        rule.kind,
+        percentile=rule.percentile,
+        max_value=rule.max_value,
+        space=rule.space,
+        autoencoder=pipe.autoencoder if rule.space == "pixel" else None,
+    )
+
+
+def sample(
+    pipe: LatentDiffusionPipeline,
+    request: Request,
+    x: Tensor,
+    steps: Steps,
+    draw: Draw,
+    cond: Condition,
+    uncond: Condition | None,
+    restore: Restore | None,
+) -> Tensor:
+    """Walk down the steps, from x_t to z; what changes during a call lives here, not in the pipeline."""
+    view = copy.copy(pipe)
+    view.begin_call(request.guidance_scale, steps.num_steps)
+    denoise = [build_denoise(pipe, request, cond, uncond, request.guidance_scale)]
+
+    def rebuild(embeddings: dict[str, Any], scale: float) -> None:
+        new_cond = replace(cond, tokens=embeddings["prompt_embeds"])
+        new_uncond = None if uncond is None else replace(uncond, tokens=embeddings["negative_prompt_embeds"])
+        denoise[0] = build_denoise(pipe, request, new_cond, new_uncond, scale)
+
+    before = pipe.num_interrupts
+    with pipe.on_device(pipe.unet), pipe.progress_bar(steps.num_steps) as bar:
+        hook = StepHook(
+            view,
+            request,
+            advance=bar.update,
+            interrupted=lambda: view.num_interrupts > 0 or pipe.num_interrupts != before,
+            embeddings={"prompt_embeds": cond.tokens, "negative_prompt_embeds": uncond.tokens if uncond else None},
+            rebuild=rebuild,
+            restore=restore,
+        )
+        try:
+            run = samplers.get(request.sampler).function
+            z = run(lambda x_t, t: denoise[0](x_t, t), x, steps, noise=draw, eta=request.eta, callback=hook)
+        except Interrupted as stop:
+            z = stop.x
+    hook.finish()
+    return z

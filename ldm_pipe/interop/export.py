@@ -1,0 +1,169 @@
+"""Export to diffusers and prove it: write the folder, load it with diffusers, draw from the same latents, compare.
+
+This is the one file of the package that imports diffusers, and only for the proof.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_pipe import samplers
+from ldm_pipe.interop.folder import find_folder, foldable, load_parts
+from ldm_pipe.interop.save import save_pipeline
+from ldm_pipe.outputs import one_of
+from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pretrained import LdmPipeError
+
+TOLERANCE = 1e-3  # largest difference of two pictures in [0, 1], float32
+TOLERANCE_LOW = 5e-2  # in float16 and bfloat16, whose rounding differs between the two implementations
+CHECK_PROMPT = "red apple"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        folder: the diffusers folder.
+        notes: what diffusers will not know, in whole sentences.
+        difference: largest difference of the pictures in [0, 1]; None if it was not compared.
+        warnings: what diffusers and transformers said while loading.
+    """
+
+    folder: Path
+    notes: tuple[str, ...]
+    difference: float | None
+    warnings: tuple[str, ...] = ()
+
+
+def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[str, ...]:
+    """Refuse what a StableDiffusionPipeline folder cannot say; name the defaults that only `ldm_pipe.json` keeps.
+
+    Returns: notes, in whole sentences.
+    Raises: LdmPipeError with the reason.
+    """
+    where = "export to diffusers"
+    if len(pipe.text_encoders) != 1:
+        raise LdmPipeError(f"{len(pipe.text_encoders)} text encoders", where, "A StableDiffusionPipeline has one.")
+    if pipe.schedule.prediction not in ("eps", "x0", "v"):
+        what = f"prediction {pipe.schedule.prediction!r} with this noise law"
+        raise LdmPipeError(what, where, "diffusers' samplers know epsilon, sample and v_prediction.")
+    foldable(pipe.autoencoder)
+    pipe.schedule.to_config(sampler)
+    defaults, notes = pipe.defaults, []
+    rule = defaults.thresholding
+    if rule is not None and rule.kind != "none":
+        notes.append(f"{rule.kind} thresholding in {rule.space} space is a default that diffusers does not apply.")
+    if defaults.guidance_scale is not None and defaults.guidance_scale != 7.5:
+        notes.append(f"Pass guidance_scale={defaults.guidance_scale:g} in diffusers; its default is 7.5.")
+    if defaults.guidance_rescale:
+        notes.append(f"Pass guidance_rescale={defaults.guidance_rescale:g} in diffusers; its default is 0.")
+    if defaults.num_inference_steps is not None and defaults.num_inference_steps != 50:
+        notes.append(f"Pass num_inference_steps={defaults.num_inference_steps} in diffusers; its default is 50.")
+    if defaults.spacing is not None and defaults.spacing != pipe.schedule.spacing:
+        notes.append(f"The spacing {defaults.spacing!r} is a default of ours; the folder says {pipe.schedule.spacing!r}.")
+    return tuple(notes)
+
+
+def export_diffusers(
+    source: str | Path | None,
+    target: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    sampler: str | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+) -> ExportReport:
+    """Turn one of our folders, a training run or a hub model into a diffusers folder.
+
+    Args:
+        source: as for `LatentDiffusionPipeline.from_pretrained`.
+        dtype: of all parts (FAULTS: parts of different dtypes fail on the first call).
+        sampler: which one diffusers starts with; None is the model's own.
+        check: load the folder with diffusers, draw one picture from the same latents with both, compare.
+    Raises: LdmPipeError with the reason, and no folder is left behind, if the model cannot be represented, the target cannot be
+        written, or the pictures differ.
+    """
+    target = Path(target)
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise LdmPipeError("exists already", str(target), "Give another folder, or --overwrite.")
+    root = find_folder(source)
+    if target.resolve() == root.resolve():
+        raise LdmPipeError("source and target are the same folder", str(target), "Give another target.")
+    pipe = LatentDiffusionPipeline.from_parts(load_parts(root))
+    chosen = one_of("sampler", sampler or pipe.defaults.sampler or "ddim", samplers.NAMES)
+    notes = check_representable(pipe, chosen)
+    existed = target.exists()
+    save_pipeline(pipe, target, variant=variant, dtype=dtype, card=None, sampler=chosen)
+    if not check:
+        return ExportReport(target, notes, None)
+    try:
+        difference, said = compare_with_diffusers(target, dtype=dtype, variant=variant)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    limit = TOLERANCE if dtype == torch.float32 else TOLERANCE_LOW
+    if not difference <= limit:
+        if not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        what = f"diffusers draws another picture: largest difference {difference:.2g}, allowed {limit:g}"
+        raise LdmPipeError(what, str(target), "This model has something diffusers cannot represent; please report it.")
+    return ExportReport(target, notes, difference, said)
+
+
+@torch.no_grad()
+def compare_with_diffusers(
+    folder: Path, *, dtype: torch.dtype = torch.float32, variant: str | None = None, num_steps: int = 8, scale: float = 3.0
+) -> tuple[float, tuple[str, ...]]:
+    """Draw one picture with diffusers and one with us, from the same folder and latents.
+
+    Returns: their largest difference in [0, 1], and what was said while loading.
+    Raises: LdmPipeError if diffusers is not installed, cannot load the folder, or rewrites its scheduler.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        advice = "pip install diffusers, or export with --no-check."
+        raise LdmPipeError("diffusers is not installed, so the export cannot be checked", "export to diffusers", advice) from None
+    ours = LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant)
+    ours.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            theirs = diffusers.DiffusionPipeline.from_pretrained(
+                str(folder), torch_dtype=dtype, variant=variant, local_files_only=True, safety_checker=None
+            )
+        except Exception as error:  # whatever diffusers raises, the export is not good
+            raise LdmPipeError(f"diffusers cannot load it: {error}", str(folder)) from error
+    theirs.set_progress_bar_config(disable=True)
+    written = dict(ours.schedule.config)
+    rewritten = [key for key, value in written.items() if theirs.scheduler.config.get(key, value) != value]
+    if rewritten:
+        raise LdmPipeError(f"diffusers rewrites {rewritten} of the scheduler on loading", str(folder), "Please report it.")
+    height, width = ours.default_size
+    shape = (1, ours.autoencoder.latent_channels, height // ours.factor, width // ours.factor)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    call: dict[str, Any] = {
+        "prompt": CHECK_PROMPT,
+        "height": height,
+        "width": width,
+        "latents": latents,
+        "num_inference_steps": num_steps,
+        "guidance_scale": scale,
+        "output_type": "pt",
+    }
+    if ours.unet.config.in_channels != ours.autoencoder.latent_channels:
+        call |= {"image": torch.zeros(1, 3, height, width) + 0.5, "mask_image": torch.ones(1, 1, height, width)}
+    else:
+        call["guidance_rescale"] = 0.0
+    mine = ours(**call, spacing=ours.schedule.spacing, thresholding="none").images
+    other = theirs(**call).images
+    return float((mine.float() - other.float()).abs().max()), tuple(str(w.message).splitlines()[0] for w in caught)

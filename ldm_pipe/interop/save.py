@@ -1,0 +1,64 @@
+"""Save a pipeline as a model folder, with a golden sample of exactly the weights that were written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ldm_pipe.golden import golden_sample
+from ldm_pipe.interop.card import model_card
+from ldm_pipe.interop.folder import Parts, load_parts, write_folder
+from ldm_pipe.pretrained import LdmPipeError
+
+if TYPE_CHECKING:
+    from ldm_pipe.pipeline import LatentDiffusionPipeline
+
+
+def model_hash(parts: Parts) -> str:
+    """Return ten hexadecimal digits that name the U-Net's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parts.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
+def save_pipeline(
+    pipe: LatentDiffusionPipeline,
+    target: Path,
+    *,
+    variant: str | None,
+    dtype: torch.dtype,
+    card: Mapping[str, str] | None,
+    sampler: str | None = None,
+) -> None:
+    """Write a folder and the golden sample of its weights, as they are after rounding to `dtype`.
+
+    Args:
+        sampler: which one diffusers starts with; None is the pipeline's default.
+    Raises: LdmPipeError if something cannot be written or has no place in a diffusers folder.
+    """
+    if target.exists() and not target.is_dir():
+        raise LdmPipeError("is a file, not a folder", str(target), "Choose another folder.")
+    sampler = sampler or pipe.defaults.sampler or "ddim"
+    parts = replace(pipe.parts(), name=pipe.name or target.resolve().name)
+    own: dict[str, Any] = {
+        "name": parts.name,
+        "model_hash": model_hash(parts),
+        "defaults": replace(parts.defaults, sampler=sampler).to_json(),
+    }
+    text = model_card(parts, name=parts.name, sampler=sampler, dtype=str(dtype).removeprefix("torch."), facts=card)
+    write_folder(parts, target, sampler=sampler, dtype=dtype, variant=variant, own=own, card=text, golden=_golden_of)
+
+
+def _golden_of(folder: Path, variant: str | None) -> dict[str, Any]:
+    """Load what was written, in float32, and draw its golden sample."""
+    from ldm_pipe.pipeline import LatentDiffusionPipeline
+
+    parts = load_parts(folder, dtype=torch.float32, variant=variant)
+    return golden_sample(LatentDiffusionPipeline.from_parts(parts))

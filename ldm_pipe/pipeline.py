@@ -1,0 +1,386 @@
+"""From prompt to picture: the three stages, composed.
+
+    prompt --conditioning--> Condition;  noise --sampler(denoise)--> z;  z --autoencoder--> image
+
+What enters: prompts and settings in the words of diffusers' StableDiffusionPipeline. What leaves: pictures. Arguments are
+checked in request.py; folders are read and written in interop/folder.py; the parts of a stage are put together in drawing.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder import AutoencoderKL
+from conditioning import CLIPTextEncoder, Condition
+from ldm_pipe import drawing
+from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
+from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.request import Request, check_request, check_text
+from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.unet import UNet
+
+
+class LatentDiffusionPipeline:
+    """Draw pictures from prompts with a latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
+
+    The object is read-only during a call: several threads may draw from one pipeline at once.
+
+    Args:
+        unet: predicts from noisy latents.
+        autoencoder: latents <-> pixels.
+        text_encoders: prompts -> tokens; several are joined along the channels.
+        schedule: the noise law the U-Net was trained on.
+        defaults: what the model is best drawn with.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        autoencoder: AutoencoderKL,
+        text_encoders: Sequence[CLIPTextEncoder],
+        schedule: NoiseSchedule,
+        *,
+        defaults: Defaults | None = None,
+        name: str = "",
+        model_hash: str | None = None,
+    ) -> None:
+        """Compose the parts; parts that do not belong together are refused."""
+        self.unet, self.autoencoder, self.schedule = unet, autoencoder, schedule
+        self.text_encoders = tuple(text_encoders)
+        self.defaults = defaults or Defaults()
+        self.name, self.model_hash = name, model_hash
+        self._progress: dict[str, Any] = {}
+        self._offload: torch.device | None = None
+        self._offload_lock = threading.Lock()
+        self.num_interrupts = 0
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        check_fit(self.parts())
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> LatentDiffusionPipeline:
+        """Compose what a folder holds."""
+        return cls(
+            parts.unet,
+            parts.autoencoder,
+            parts.text_encoders,
+            parts.schedule,
+            defaults=parts.defaults,
+            name=parts.name,
+            model_hash=parts.model_hash,
+        )
+
+    def parts(self) -> Parts:
+        """Return what a folder of this pipeline would hold."""
+        named = {"name": self.name, "model_hash": self.model_hash}
+        return Parts(self.unet, self.autoencoder, self.text_encoders, self.schedule, self.defaults, **named)
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> LatentDiffusionPipeline:
+        """Load the shipped model (None), a folder, a training run, or a model of the hub.
+
+        A stored golden sample is replayed (float32 only), so that a wrong part is noticed before it draws.
+
+        Args:
+            dtype: of all weights in memory (`torch_dtype` is the same); None is float32.
+            variant: "fp16" reads the files named `*.fp16.safetensors`.
+            use_safetensors: pickled weights are never read, so False is refused.
+        Raises: LdmPipeError naming file and cause.
+        """
+        if use_safetensors is False:
+            raise LdmPipeError("use_safetensors=False", how_to_fix="Pickled weights can run code and are never read.")
+        if dtype is not None and torch_dtype is not None and _dtype(dtype) != _dtype(torch_dtype):
+            raise LdmPipeError(f"dtype {dtype} and torch_dtype {torch_dtype} differ", how_to_fix="Give one of them.")
+        chosen = _dtype(dtype if dtype is not None else torch_dtype)
+        root = find_folder(
+            pretrained_model_name_or_path, variant=variant, local_files_only=local_files_only, revision=revision
+        )
+        parts = load_parts(root, dtype=chosen, variant=variant)
+        pipe = cls.from_parts(parts)
+        if parts.golden is not None and chosen == torch.float32:
+            from ldm_pipe.golden import check_golden
+
+            check_golden(pipe, parts.golden, str(root))
+        return pipe
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        card: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a folder that this pipeline and diffusers' StableDiffusionPipeline both read.
+
+        Args:
+            safe_serialization: False (pickle) is refused.
+            variant: name part of the weight files, such as "fp16".
+            dtype: of all weights on disk; None keeps the U-Net's.
+            card: facts for the model card: data, steps, commit, metrics, licence.
+        """
+        if not safe_serialization:
+            raise LdmPipeError("safe_serialization=False", how_to_fix="Weights are written as safetensors only.")
+        from ldm_pipe.interop.save import save_pipeline
+
+        save_pipeline(self, Path(save_directory), variant=variant, dtype=_dtype(dtype) if dtype else self.dtype, card=card)
+
+    # Where it runs
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """Return the networks by name."""
+        encoders = {f"text_encoder_{i + 1}" if i else "text_encoder": e for i, e in enumerate(self.text_encoders)}
+        return {"unet": self.unet, "autoencoder": self.autoencoder, **encoders}
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device pictures are drawn on."""
+        return self._offload or self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the U-Net's weights."""
+        return self.unet.dtype
+
+    @property
+    def factor(self) -> int:
+        """Return how many pixels one latent spans along a side."""
+        return self.autoencoder.factor
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Return the height and width drawn when none are asked for."""
+        sample = self.unet.config.get("sample_size") or 64
+        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        return self.defaults.height or rows * self.factor, self.defaults.width or columns * self.factor
+
+    def to(self, *args: Any, **kwargs: Any) -> LatentDiffusionPipeline:  # noqa: ANN401  (torch's own signature)
+        """Move all networks to a device or dtype, as `torch.nn.Module.to` does."""
+        kwargs = {("dtype" if name == "torch_dtype" else name): value for name, value in kwargs.items()}
+        for module in self.components.values():
+            try:
+                module.to(*args, **kwargs)
+            except (RuntimeError, AssertionError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise LdmPipeError(f"cannot move to {args or kwargs}: {reason}", how_to_fix="Use a device of this machine.") from error
+        self._offload = None
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
+        """Keep each network on the CPU and bring it to the device for its stage only; calls then run one after another."""
+        target = torch.device(device)
+        if target.type == "cpu":
+            raise LdmPipeError("offload to the CPU from the CPU", how_to_fix="Name a GPU, or leave it.")
+        self.to("cpu")
+        self._offload = torch.device(target.type, gpu_id) if target.index is None else target
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch one by one, to save memory."""
+        self.autoencoder.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode whole batches again."""
+        self.autoencoder.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large pictures in blended tiles, to bound memory."""
+        self.autoencoder.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole pictures again."""
+        self.autoencoder.disable_tiling()
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Do nothing but say so: the attention kernel used here never holds the whole matrix."""
+        warnings.warn(f"attention slicing ({slice_size}) has no effect: attention is memory-efficient here", stacklevel=2)
+
+    def set_progress_bar_config(self, **config: Any) -> None:  # noqa: ANN401  (tqdm's arguments)
+        """Set tqdm's arguments, such as disable=True."""
+        self._progress = config
+
+    # What a callback may look at and change
+
+    @property
+    def guidance_scale(self) -> float:
+        """Return the guidance scale of the call a callback belongs to."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Return the number of steps of the call a callback belongs to."""
+        return self._num_timesteps
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.num_interrupts > 0
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """Stop the calls under way (from a callback: its own call) after their present step; later calls are free."""
+        if value:
+            self.num_interrupts += 1
+
+    def begin_call(self, guidance_scale: float, num_timesteps: int) -> None:
+        """Set what a callback may look at; called on the copy of the pipeline that one call shows to its callback."""
+        self._guidance_scale, self._num_timesteps, self.num_interrupts = guidance_scale, num_timesteps, 0
+
+    # Drawing
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = IntDefault(50),
+        timesteps: list[int] | None = None,
+        guidance_scale: float = FloatDefault(7.5),
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = FloatDefault(0.0),
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (never changed; diffusers' default)
+        *,
+        seed: int | list[int] | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        thresholding: str | Mapping[str, Any] | Thresholding | None = None,
+        image: Any = None,  # noqa: ANN401  (any kind of picture, see pixels.py)
+        strength: float | None = None,
+        mask_image: Any = None,  # noqa: ANN401
+        deterministic_batch: bool = False,
+        return_latents: bool = False,
+    ) -> LatentDiffusionOutput | tuple[Any, Any]:
+        """Draw pictures.
+
+        Names, order and defaults are those of diffusers' StableDiffusionPipeline; where the model stores defaults of its own
+        (`pipe.defaults`), they stand for arguments that were left alone.
+
+        Args:
+            height, width: in pixels, multiples of `pipe.factor`; None: of the image, else the model's.
+            guidance_scale: w of uncond + w (cond - uncond); up to 1 there is no guidance, at half the cost.
+            generator: draws as diffusers does; a list holds one per picture.
+            seed: picture i is drawn from seed + i (or seed[i]), whatever the batch; None draws a seed and tells it.
+            latents: unit Gaussian noise to start from, (B, C, h, w).
+            output_type: "pil", "np", "pt" or "latent".
+            sampler, spacing: see `ldm_pipe.samplers` and `NoiseSchedule.times`.
+            thresholding: "none", "static", "dynamic", or a mapping of kind, percentile, max_value and space.
+            image, strength: start from a diffused picture (SDEdit, arXiv:2108.01073); strength 0.8, with a mask 1.0.
+            mask_image: paint only where it is white; elsewhere the pixels of `image` come back unchanged.
+            callback_on_step_end: called as (pipe, i, t, tensors) after each step; returns the tensors.
+            deterministic_batch: draw one by one, so that a picture has the same bits in any batch.
+            return_latents: also return what the pictures were decoded from.
+        Returns: LatentDiffusionOutput, or (images, None) for return_dict=False.
+        Raises: LdmPipeError naming argument, value and range, before any work.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        request = check_request(self, given)
+        one_by_one = deterministic_batch and request.num_pictures > 1
+        with self._offload_lock if self._offload else contextlib.nullcontext():
+            drawn = [self._draw(part) for part in (request.rows() if one_by_one else [request])]
+        z = torch.cat([part[0] for part in drawn])
+        images: Any = z
+        if request.output_type != "latent":
+            from ldm_pipe.pixels import give_images
+
+            image = torch.cat([part[1] for part in drawn])
+            images = give_images(image, request.output_type, None if request.mask is None else request.image, request.mask)
+        output = LatentDiffusionOutput(
+            images,
+            seeds=None if request.seeds is None else list(request.seeds),
+            latents=z if request.return_latents else None,
+            infos=picture_infos(request, self.name, self.model_hash),
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _draw(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Run the three stages for one batch: (z, image)."""
+        try:
+            cond, uncond = drawing.encode_prompts(self, request)
+            steps = drawing.choose_steps(self, request)
+            noise = drawing.noise_source(self, request)
+            x, spatial, restore = drawing.start(self, request, steps, noise)
+            if spatial is not None:
+                cond, uncond = (c if c is None else c.join(Condition(spatial=spatial)) for c in (cond, uncond))
+            z = drawing.sample(self, request, x, steps, noise, cond, uncond, restore)
+            return z, z if request.output_type == "latent" else self._decode(z)
+        except torch.OutOfMemoryError as error:
+            what = f"out of memory for {request.num_pictures} pictures of {request.width}x{request.height}"
+            advice = "Draw fewer at once, smaller, in bfloat16, with enable_vae_tiling() or enable_model_cpu_offload()."
+            raise LdmPipeError(what, str(self.device), advice) from error
+
+    def _decode(self, z: Tensor) -> Tensor:
+        with self.on_device(self.autoencoder):
+            return self.autoencoder.decode(z.to(self.autoencoder.dtype))
+
+    @contextlib.contextmanager
+    def on_device(self, module: nn.Module) -> Iterator[None]:
+        """Bring a network to the device for the time of its stage, where offloading is on."""
+        if self._offload is None:
+            yield
+            return
+        module.to(self._offload)
+        try:
+            yield
+        finally:
+            module.to("cpu")
+
+    def progress_bar(self, total: int) -> Any:  # noqa: ANN401  (tqdm is imported on first use)
+        """Return a tqdm bar with the settings of `set_progress_bar_config`."""
+        from tqdm import tqdm
+
+        return tqdm(**{"total": total, **self._progress})
+
+    def encode_prompt(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", *, clip_skip: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts for `prompt_embeds` and `negative_prompt_embeds`: two tensors (B, L, D)."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        for text in (*prompts, *negatives):
+            check_text("prompt", text)
+        with torch.no_grad():
+            tokens = [drawing.encode(self, texts, clip_skip).tokens for texts in (prompts, negatives)]
+        assert tokens[0] is not None
+        assert tokens[1] is not None
+        return tokens[0], tokens[1]
+
+
+def _dtype(value: torch.dtype | str | None) -> torch.dtype:
+    """Read a dtype or its name; None is float32."""
+    found = torch.float32 if value is None else getattr(torch, value, None) if isinstance(value, str) else value
+    known = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    if found not in known:
+        raise LdmPipeError(f"dtype is {value!r}", how_to_fix=f"Use one of {', '.join(str(d) for d in known)}.")
+    return found
