@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -142,7 +142,7 @@ class ClipTransformer(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
         """Return the embeddings and the output of each layer."""
         hidden = [self.embeddings(ids)]
-        for layer in self.encoder.layers.children():
+        for layer in cast(nn.ModuleList, self.encoder.layers):
             hidden.append(layer(hidden[-1], mask))
         return hidden
 
@@ -269,17 +269,20 @@ class CLIPTextEncoder(PretrainedModule):
             raise LdmPipeError(f"clip_skip {clip_skip!r}: must be 0 to {num_layers}", "CLIPTextEncoder.encode")
         return Condition(tokens=self.text_model.final_layer_norm(output.hidden[-1 - clip_skip]))
 
+    def without_projection(self) -> CLIPTextEncoder:
+        """Return the same tower (shared weights) as a plain CLIPTextModel, the kind a Stable Diffusion folder holds."""
+        plain = CLIPTextEncoder({**self.config, "architectures": ["CLIPTextModel"]}, self.tokenizer)
+        plain.text_model = self.text_model
+        return plain.train(self.training)
+
     @torch.no_grad()
     def _initialise(self) -> None:
         """Initialise as CLIP's own code: 0.02 and 0.01 for the tables, widths and depth for the layers."""
         width, depth = self.config.hidden_size, self.config.num_hidden_layers
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
         nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
-        stds = {
-            "fc1": (2 * width) ** -0.5,
-            "fc2": width**-0.5 * (2 * depth) ** -0.5,
-            "out_proj": width**-0.5 * (2 * depth) ** -0.5,
-        }
+        deep = width**-0.5 * (2 * depth) ** -0.5
+        stds = {"fc1": (2 * width) ** -0.5, "fc2": deep, "out_proj": deep}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=stds.get(name.rsplit(".", 1)[-1], width**-0.5))
@@ -295,7 +298,8 @@ def _checked(config: Mapping[str, Any]) -> FrozenConfig:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
             raise LdmPipeError(f"{name} is {value!r}, expected a whole number from 1 to {largest}", where)
     if config["hidden_size"] % config["num_attention_heads"]:
-        what = f"hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {config['num_attention_heads']}"
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        what = f"hidden_size {width} is not a multiple of num_attention_heads {heads}"
         raise LdmPipeError(what, where)
     if config.get("hidden_act") not in _ACTIVATIONS:
         raise LdmPipeError(f"hidden_act is {config.get('hidden_act')!r}, expected one of {sorted(_ACTIVATIONS)}", where)

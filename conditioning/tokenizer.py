@@ -68,7 +68,7 @@ class ClipTokenizer:
         self.start_id, self.end_id, self.pad_id = self.vocab[START], self.vocab[END], self.vocab[pad_token]
         try:
             model = models.BPE(self.vocab, self.merges, unk_token=END, end_of_word_suffix=WORD_END, fuse_unk=False)
-        except Exception as error:  # the library raises bare Exception, e.g. for a merge outside the vocabulary
+        except Exception as error:  # noqa: BLE001  # the library raises bare Exception, e.g. for a merge outside the vocabulary
             raise LdmPipeError(
                 f"vocab and merges do not fit ({error})", "tokenizer", "Take both from one folder."
             ) from None

@@ -1,0 +1,227 @@
+"""Train a small CLIP on captioned drawings: BPE tokenizer, text encoder, image tower.
+
+What enters: a parquet file with images, names and keywords. What leaves: `tokenizer/`, `text_encoder/` (transformers'
+CLIPTextModel format, for the pipeline), `text_encoder_with_projection/` and `image_tower/` (together a CLIP) in the
+output folder, and the retrieval accuracy on the training drawings.
+
+    python scripts/train_clip.py --config configs/emoji/clip.yaml
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from conditioning import CLIPTextEncoder, ClipTokenizer
+from conditioning.contrastive import ImageTower, contrastive_loss
+from conditioning.tokenizer import train_bpe
+from ldm_pipe.data.captions import mix_caption
+from ldm_pipe.pretrained import LdmPipeError, atomic_write
+from ldm_pipe.training.config import StrictModel, dump_config, parse_config
+from ldm_pipe.training.rng import key_seed
+
+VARIANTS = ("is_skin_tone_variant", "is_gender_variant", "is_flag")
+
+
+class ClipConfig(StrictModel):
+    """One run of this script."""
+
+    output_dir: str
+    train_file: str
+    resolution: int = Field(64, ge=16)
+    vocab_size: int = Field(3000, ge=514)
+    max_length: int = Field(32, ge=4, description="tokens per caption, start and end included")
+    hidden_size: int = Field(192, ge=8)
+    num_layers: int = Field(3, ge=1)
+    num_heads: int = Field(6, ge=1)
+    projection_dim: int = Field(128, ge=8)
+    channels: tuple[int, ...] = (32, 64, 128, 192)
+    variant_weight: float = Field(0.3, ge=0, description="share of skin tone, gender and flag rows within a concept")
+    max_shift: int = Field(4, ge=0, description="largest shift of a picture in pixels")
+    train_batch_size: int = Field(128, ge=2)
+    max_train_steps: int = Field(500, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    lr_warmup_steps: int = Field(50, ge=0)
+    seed: int = Field(0, ge=0)
+    num_threads: int | None = Field(None, ge=1)
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """The training rows in memory: uint8 images (N, 3, H, W) and what is said of them."""
+
+    images: Tensor
+    names: list[str]
+    keywords: list[list[str]]
+    concepts: Tensor
+    plain: Tensor
+
+
+def load_drawings(path: str, resolution: int) -> Drawings:
+    """Read the parquet file; pictures are scaled down by box averaging."""
+    table = pd.read_parquet(path, columns=["image", "name", "keywords", "concept", *VARIANTS])
+    images = np.empty((len(table), 3, resolution, resolution), dtype=np.uint8)
+    for row, cell in enumerate(tqdm(table["image"], desc="reading pictures", leave=False)):
+        picture = Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
+        images[row] = np.asarray(picture.resize((resolution, resolution), Image.Resampling.BOX)).transpose(2, 0, 1)
+    concepts = torch.tensor(pd.factorize(table["concept"])[0])
+    plain = torch.tensor(~table[list(VARIANTS)].to_numpy(dtype=bool).any(axis=1))
+    keywords = [[str(word) for word in words] for words in table["keywords"]]
+    return Drawings(torch.from_numpy(images), table["name"].tolist(), keywords, concepts, plain)
+
+
+def row_weights(concepts: Tensor, plain: Tensor, variant_weight: float) -> Tensor:
+    """Weigh rows so that each concept is equally likely; its variants share `variant_weight` of a plain row's weight.
+
+    A concept that has only variants (a flag) weighs `variant_weight` in all.
+    """
+    num = int(concepts.max()) + 1
+    num_plain = torch.bincount(concepts, weights=plain.double(), minlength=num)[concepts]
+    num_variants = torch.bincount(concepts, weights=(~plain).double(), minlength=num)[concepts]
+    return torch.where(plain, 1.0 / num_plain.clamp(min=1), variant_weight / num_variants.clamp(min=1))
+
+
+def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
+    """Turn uint8 images to [-1, 1] and move each by up to max_shift pixels; the border is repeated."""
+    batch, _, height, width = images.shape
+    moves = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), generator=generator)
+    rows = (torch.arange(height) + moves[0]).clamp(0, height - 1)  # (B, H)
+    columns = (torch.arange(width) + moves[1]).clamp(0, width - 1)
+    index = torch.arange(batch)[:, None, None, None]
+    picked = images[index, torch.arange(3)[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return to_signed(picked)
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """Map 0..255 to [-1, 1]."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def trimmed_ids(tokenizer: ClipTokenizer, captions: list[str]) -> Tensor:
+    """Tokenize, and leave out columns that hold padding only: causal attention never looks at them."""
+    batch = tokenizer(captions)
+    return batch.ids[:, : int(batch.mask.sum(dim=1).max())]
+
+
+def text_vectors(encoder: CLIPTextEncoder, ids: Tensor) -> Tensor:
+    """Run the text tower and return vectors in the shared space."""
+    projected = encoder(ids).projected
+    assert projected is not None
+    return projected
+
+
+def build_models(config: ClipConfig, captions: list[str]) -> tuple[ClipTokenizer, CLIPTextEncoder, ImageTower]:
+    """Train the tokenizer on the captions and build both towers."""
+    tokenizer = train_bpe(captions, config.vocab_size, max_length=config.max_length)
+    encoder = CLIPTextEncoder({
+        "architectures": ["CLIPTextModelWithProjection"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 4 * config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_length,
+        "hidden_act": "quick_gelu",
+        "projection_dim": config.projection_dim,
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    })  # fmt: skip
+    tower = ImageTower({"channels": list(config.channels), "projection_dim": config.projection_dim})
+    return tokenizer, encoder, tower.to(memory_format=torch.channels_last)
+
+
+def train(
+    config: ClipConfig, data: Drawings, tokenizer: ClipTokenizer, encoder: CLIPTextEncoder, tower: ImageTower
+) -> None:
+    """Run AdamW with warm-up and cosine decay on the contrastive loss."""
+    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    weights = [*encoder.parameters(), *tower.parameters()]
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [*(p for p in weights if p.ndim <= 1), log_scale], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(key_seed(config.seed, "clip"))
+    rng = random.Random(key_seed(config.seed, "captions"))
+    row_weight = row_weights(data.concepts, data.plain, config.variant_weight)
+    progress = tqdm(range(config.max_train_steps), desc="CLIP")
+    for step in progress:
+        rows = torch.multinomial(row_weight, config.train_batch_size, generator=generator)
+        captions = [mix_caption(data.names[row], data.keywords[row], rng) for row in rows.tolist()]
+        images = shifted(data.images[rows], config.max_shift, generator)
+        texts = text_vectors(encoder, trimmed_ids(tokenizer, captions))
+        loss = contrastive_loss(tower(images), texts, log_scale, data.concepts[rows])
+        if not torch.isfinite(loss):
+            raise LdmPipeError(f"the loss is {loss.item()} at step {step}", "training", "Lower the learning rate.")
+        rate = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
+        rate *= 0.5 * (1 + math.cos(math.pi * step / config.max_train_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            log_scale.clamp_(max=math.log(100))  # as CLIP's authors do
+        progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{log_scale.exp().item():.1f}")
+
+
+@torch.no_grad()
+def retrieval(
+    data: Drawings, tokenizer: ClipTokenizer, encoder: CLIPTextEncoder, tower: ImageTower
+) -> tuple[float, float]:
+    """Rank all plain drawings for each of their names: how often the right one is first, and in the first five."""
+    rows = data.plain.nonzero()[:, 0]
+    names = [data.names[row] for row in rows.tolist()]
+    images = torch.cat([tower(to_signed(data.images[part])) for part in rows.split(256)])
+    texts = torch.cat(
+        [text_vectors(encoder, trimmed_ids(tokenizer, names[i : i + 256])) for i in range(0, len(names), 256)]
+    )
+    scores = nn.functional.normalize(texts, dim=1) @ nn.functional.normalize(images, dim=1).T
+    rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
+    return (rank < 1).float().mean().item(), (rank < 5).float().mean().item()
+
+
+def main(argv: list[str]) -> None:
+    """Train, evaluate, save."""
+    config = parse_config(ClipConfig, argv, __doc__ or "")  # pyright: ignore[reportArgumentType]
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    start = time.perf_counter()
+    torch.manual_seed(config.seed)
+    data = load_drawings(config.train_file, config.resolution)
+    corpus = data.names + [", ".join(words) for words in data.keywords]
+    tokenizer, encoder, tower = build_models(config, corpus)
+    train(config, data, tokenizer, encoder, tower)
+    first, five = retrieval(data, tokenizer, encoder.eval(), tower.eval())
+    out = Path(config.output_dir)
+    tokenizer.save_pretrained(out / "tokenizer")
+    encoder.without_projection().save_pretrained(out / "text_encoder")
+    encoder.save_pretrained(out / "text_encoder_with_projection")
+    tower.save_pretrained(out / "image_tower")
+    minutes = (time.perf_counter() - start) / 60
+    line = f"name -> drawing over {int(data.plain.sum())} plain drawings: top1 {first:.3f}, top5 {five:.3f}"
+    atomic_write(out / "clip.yaml", dump_config(config) + f"# {line}, {minutes:.1f} minutes\n")
+    print(f"{line}; {minutes:.1f} minutes; written to {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LdmPipeError as error:
+        sys.exit(f"error: {error}")
