@@ -1,14 +1,15 @@
 """From the network's raw output to an estimate of x0: the one border where predictions end.
 
-Enters: a network, a noise law, and what the network predicts. Leaves: `Denoiser`, a map (x_t, t, cond) -> x0, and the `Denoise`
-closure type that guidance and thresholding return and samplers take. This file does not know guidance or samplers.
+Enters: a network, a noise law, and what the network predicts. Leaves: `Denoiser`, a map (x_t, t, cond) -> x0, and the
+`Denoise` closure type that guidance and thresholding return and samplers take. This file does not know guidance or
+samplers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +18,9 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import to_x0
 from ldm_pipe.schedule import NoiseSchedule, Prediction
 
-ConditionT = TypeVar("ConditionT", bound="ConditionLike")
-
 
 class ConditionLike(Protocol):
-    """What the diffusion needs to know of a condition: named slots that go to the network, and joining along the batch."""
+    """What the diffusion needs to know of a condition: named slots for the network, and joining along the batch."""
 
     @property
     def tokens(self) -> Tensor | None: ...  # noqa: D102
@@ -33,8 +32,8 @@ class ConditionLike(Protocol):
     def spatial(self) -> Tensor | None: ...  # noqa: D102
     @property
     def labels(self) -> Tensor | None: ...  # noqa: D102
-    @classmethod
-    def cat(cls: type[ConditionT], conditions: Sequence[Any]) -> ConditionT: ...  # noqa: D102
+    @staticmethod
+    def cat(conditions: Sequence[Any], /) -> Any: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,13 @@ def parameter_dtype(module: object, default: torch.dtype) -> torch.dtype:
 class Denoiser:
     """Estimate x0 from x_t with a network of any prediction.
 
-    The network runs in its own precision; x_t, alpha, sigma and x0 are at least float32, because x0 from eps divides by a
-    small alpha.
+    The network runs in its own precision; x_t, alpha, sigma and x0 are at least float32, because x0 from eps divides
+    by a small alpha.
     """
 
-    def __init__(self, net: Callable[..., Tensor], schedule: NoiseSchedule, prediction: Prediction | None = None) -> None:
+    def __init__(
+        self, net: Callable[..., Tensor], schedule: NoiseSchedule, prediction: Prediction | None = None
+    ) -> None:
         """Join a network and its noise law.
 
         Args:

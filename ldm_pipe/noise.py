@@ -1,12 +1,13 @@
 """Gaussian noise that belongs to a picture, not to a batch.
 
-Enters: one seed (or one torch.Generator) per sample. Leaves: noise of which row i is drawn by generator i alone, so that a
-picture is the same at any batch size, beside any neighbours and on any device. This file knows nothing else of ours but errors.
+Enters: one seed (or one torch.Generator) per sample. Leaves: noise of which row i is drawn by generator i alone, so
+that a picture is the same at any batch size, beside any neighbours and on any device. This file knows nothing else of
+ours but errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ldm_pipe.pretrained import LdmPipeError
 
 Shape = Sequence[int]
+Draw = Callable[[Shape], Tensor]  # what samplers take: a `Noise`, or anything that draws
 
 
 class Noise:
@@ -53,7 +55,8 @@ class Noise:
             return torch.randn(tuple(shape), generator=generator, device=generator.device)
         if len(self._generators) != shape[0]:
             raise LdmPipeError(
-                f"noise for {shape[0]} samples from {len(self._generators)} seeds", how_to_fix="give one seed per sample"
+                f"noise for {shape[0]} samples from {len(self._generators)} seeds",
+                how_to_fix="give one seed per sample",
             )
         rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device) for g in self._generators]
         return torch.cat(rows)  # (B, *)

@@ -44,9 +44,11 @@ def squared_error(output: Tensor, target: Tensor, weight: Tensor | None = None) 
 def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, gamma: float = 5.0) -> Tensor:
     """Weigh noise levels by min-SNR (Hang et al. 2023, arXiv:2303.09556, section 3.4), finite at both ends.
 
-        w_x0 = min(snr, gamma),   w_eps = w_x0 / snr,   w_v = w_x0 / (snr + 1),   w_flow = w_x0 sigma^2 / (alpha + sigma)^2
+        w_x0 = min(snr, gamma),   w_eps = w_x0 / snr,   w_v = w_x0 / (snr + 1),   w_flow = w_x0 sigma^2 / (alpha +
+        sigma)^2
 
-    with snr = alpha^2 / sigma^2: the same weight min(snr, gamma) on the error of x0, written for the error of each prediction.
+    with snr = alpha^2 / sigma^2: the same weight min(snr, gamma) on the error of x0, written for the error of each
+    prediction.
 
     Args:
         prediction: what the network outputs and the loss compares.
@@ -82,5 +84,3 @@ def offset_noise(eps: Tensor, offset: Tensor, strength: float) -> Tensor:
     Returns: the noise to diffuse with, shape (B, C, h, w).
     """
     return eps + strength * offset.to(eps)[:, :, None, None]
-
-

@@ -1,7 +1,7 @@
 """Diffuse clean data and convert between the predictions eps, x0, v and flow.
 
-Everything lives in one frame, x_t = alpha x0 + sigma eps, for every noise law. Coefficients come in as floats, as scalars or
-as one number per sample. This file does not know schedules, networks or samplers.
+Everything lives in one frame, x_t = alpha x0 + sigma eps, for every noise law. Coefficients come in as floats, as
+scalars or as one number per sample. This file does not know schedules, networks or samplers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Noise laws and the times a sampler visits.
 
-Enters: betas by name and number, or a diffusers scheduler config. Leaves: alpha(t), sigma(t) in float64, and `Steps`, the
-aligned rows a sampler walks down. This file does not know networks, samplers or data; reading and writing diffusers' scheduler
-files is in schedule_config.py.
+Enters: betas by name and number, or a diffusers scheduler config. Leaves: alpha(t), sigma(t) in float64, and `Steps`,
+the aligned rows a sampler walks down. This file does not know networks, samplers or data; reading and writing
+diffusers' scheduler files is in schedule_config.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Final = Literal["clean", "first"]
 class Steps:
     """The rows a sampler walks down, from noise to clean; n steps have n + 1 rows, float64 on the CPU.
 
-    A step reads row i and arrives at row i + 1, unless `next_alpha`, `next_sigma` (n each) say otherwise, which exists only to
-    repeat what a peer does (`NoiseSchedule.steps(arrival="stride")`).
+    A step reads row i and arrives at row i + 1, unless `next_alpha`, `next_sigma` (n each) say otherwise, which
+    exists only to repeat what a peer does (`NoiseSchedule.steps(arrival="stride")`).
 
     Attributes:
         t: network times, shape (n + 1,); the last one is never shown to the network.
@@ -71,7 +71,7 @@ class Steps:
             yield t, alpha_t, sigma_t, alpha_s, sigma_s
 
     def from_strength(self, strength: float) -> Steps:
-        """Keep the last int(num_steps * strength) steps, for starting from a diffused picture (SDEdit, arXiv:2108.01073).
+        """Keep the last int(num_steps * strength) steps, to start from a diffused picture (SDEdit, arXiv:2108.01073).
 
         Args:
             strength: in (0, 1]; 1 keeps all steps.
@@ -86,7 +86,7 @@ class Steps:
         if kept == 0:
             raise LdmPipeError(
                 f"strength {strength} of {self.num_steps} steps leaves nothing to do",
-                how_to_fix=f"use at least {math.ceil(1 / strength)} steps, or a strength of at least {1 / self.num_steps:g}",
+                how_to_fix=f"use {math.ceil(1 / strength)} steps or a strength of {1 / self.num_steps:g} at least",
             )
         i = self.num_steps - kept
         return replace(
@@ -102,10 +102,10 @@ class Steps:
 def make_betas(kind: BetaSchedule, beta_start: float, beta_end: float, num_train_timesteps: int) -> Tensor:
     """Return the betas of a discrete variance-preserving noise law, float64, shape (num_train_timesteps,).
 
-        linear             beta_t linear in t                   (Ho et al. 2020, arXiv:2006.11239, section 4)
-        scaled_linear      sqrt(beta_t) linear in t             (Rombach et al. 2022, arXiv:2112.10752, appendix)
-        squaredcos_cap_v2  alpha_bar = cos^2(pi/2 (t/T + 0.008) / 1.008), beta <= 0.999
-                           (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17); beta_start and beta_end play no role
+    linear             beta_t linear in t                   (Ho et al. 2020, arXiv:2006.11239, section 4)
+    scaled_linear      sqrt(beta_t) linear in t             (Rombach et al. 2022, arXiv:2112.10752, appendix)
+    squaredcos_cap_v2  alpha_bar = cos^2(pi/2 (t/T + 0.008) / 1.008), beta <= 0.999
+                       (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17); beta_start and beta_end play no role
     """
     match kind:
         case "linear":
@@ -121,17 +121,18 @@ def make_betas(kind: BetaSchedule, beta_start: float, beta_end: float, num_train
 
 
 def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that it ends at 0 and keeps its first value (arXiv:2305.08891, algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar) so that it ends at 0 and starts as before (arXiv:2305.08891, algorithm 1)."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A discrete variance-preserving noise law: alpha(t)^2 = alpha_bar(t) = prod (1 - beta), sigma(t)^2 = 1 - alpha_bar(t).
+    """A discrete variance-preserving noise law: alpha^2 = alpha_bar = prod (1 - beta), sigma^2 = 1 - alpha_bar.
 
-    Times are 0 .. num_train_timesteps - 1, and t = 0 is already a little noisy. Fractional times interpolate sigma / alpha
-    linearly (as Euler samplers of EDM's frame expect); at a zero terminal SNR, where it is infinite, its inverse.
+    Times are 0 .. num_train_timesteps - 1, and t = 0 is already a little noisy. Fractional times interpolate sigma /
+    alpha linearly (as Euler samplers of EDM's frame expect); at a zero terminal SNR, where it is infinite, its
+    inverse.
 
     Attributes:
         beta_schedule: name of the law; see `make_betas`.
@@ -141,9 +142,9 @@ class NoiseSchedule:
         prediction: what a network trained on this law outputs.
         spacing: default choice of times, None if unknown: then `steps` must be told.
         steps_offset: shift of the times of "leading" spacing; Stable Diffusion uses 1.
-        final: what `steps` ends with: "clean" is alpha = 1, sigma = 0; "first" is the level t = 0, which leaves noise.
         zero_terminal_snr: rescale so that the last level is pure noise.
         trained_betas: explicit betas that replace the named law.
+        noisy_end: names of the samplers that, by the config this was read from, end at t = 0 and leave its noise in.
         config: the scheduler config this was read from, unknown keys included; empty if built by hand.
     """
 
@@ -154,9 +155,9 @@ class NoiseSchedule:
     prediction: Prediction = "eps"
     spacing: Spacing | None = "leading"
     steps_offset: int = 1
-    final: Final = "clean"
     zero_terminal_snr: bool = False
     trained_betas: tuple[float, ...] | None = None
+    noisy_end: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     _edm: Tensor = field(init=False, compare=False, repr=False)
 
@@ -166,11 +167,11 @@ class NoiseSchedule:
             betas = torch.tensor(self.trained_betas, dtype=torch.float64)
         else:
             betas = make_betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps)
-        if not bool(((betas > 0) & (betas < 1)).all()):
+        if not bool(((betas > 0) & (betas <= 1)).all()):
             raise LdmPipeError(
                 f"betas reach from {betas.min():g} to {betas.max():g}",
                 where="NoiseSchedule",
-                how_to_fix="every beta must lie between 0 and 1; customary ends are 0.00085 and 0.012",
+                how_to_fix="every beta must be above 0 and at most 1; customary ends are 0.00085 and 0.012",
             )
         alpha_bar = (1 - betas).cumprod(0)
         if self.zero_terminal_snr:
@@ -196,6 +197,10 @@ class NoiseSchedule:
 
         return schedule_config.write(self, sampler, **settings)
 
+    def final(self, sampler: str) -> Final:
+        """Return what the config this was read from ends the steps of a sampler with, for `steps(final=)`."""
+        return "first" if sampler in self.noisy_end else "clean"
+
     def alpha_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma at times t, float64, each of t's shape and on t's device.
 
@@ -205,7 +210,9 @@ class NoiseSchedule:
         t = torch.as_tensor(t)
         time = t.double()
         last = self.num_train_timesteps - 1
-        if t.device.type == "cpu" and not bool(((time >= 0) & (time <= last)).all()):  # elsewhere it would wait for the device
+        if t.device.type == "cpu" and not bool(
+            ((time >= 0) & (time <= last)).all()
+        ):  # elsewhere it would wait for the device
             raise LdmPipeError(f"t from {time.min():g} to {time.max():g}", how_to_fix=f"times go from 0 to {last}")
         table = self._edm.to(t.device)
         low = time.floor().clamp(0, max(last - 1, 0)).long()
@@ -235,8 +242,9 @@ class NoiseSchedule:
         Args:
             num_steps: at least 1.
             spacing: "leading" starts below the last level, "trailing" at it, "linspace" at it and ends at t = 0.
-            grid: each family of samplers grew its own variant. "integer": whole times (DDIM, DDPM); "fractional": linspace
-                is not rounded (Euler); "multistep": n + 1 whole times of which the last is left out (DPM-Solver).
+            grid: each family of samplers grew its own variant. "integer": whole times (DDIM, DDPM); "fractional":
+                linspace is not rounded (Euler); "multistep": n + 1 whole times of which the last is left out
+                (DPM-Solver).
         """
         last = self.num_train_timesteps
         n = num_steps + 1 if grid == "multistep" else num_steps
@@ -257,7 +265,7 @@ class NoiseSchedule:
         *,
         spacing: Spacing | None = None,
         grid: Grid = "integer",
-        final: Final | None = None,
+        final: Final = "clean",
         arrival: Literal["next", "stride"] = "next",
     ) -> Steps:
         """Choose the rows a sampler walks down.
@@ -266,30 +274,34 @@ class NoiseSchedule:
             num_steps: from 1 to num_train_timesteps.
             spacing: see `times`; None is the schedule's own.
             grid: see `times`; `samplers.get(name).grid` is the customary one.
-            final: "clean" ends at alpha = 1, sigma = 0; "first" ends at the level t = 0, as diffusers does for
-                set_alpha_to_one=false and final_sigmas_type="sigma_min"; None is the schedule's own.
-            arrival: "next": a step ends where the next one starts. "stride": it ends num_train_timesteps // num_steps below its
-                start, as diffusers' DDIMScheduler does; with linspace, or where the division leaves a rest, the network
-                is then told a time that is not the state's. Only for parity.
+            final: "clean" ends at alpha = 1, sigma = 0; "first" ends at the level t = 0 and leaves its noise in, as
+                diffusers does for set_alpha_to_one=false; `final(sampler)` says what the schedule's config asks for.
+            arrival: "next": a step ends where the next one starts. "stride": it ends num_train_timesteps // num_steps
+                below its start, as diffusers' DDIMScheduler does; with linspace, or where the division leaves a rest,
+                the network is then told a time that is not the state's. Only for parity.
 
         Returns: num_steps + 1 rows.
         """
         spacing = self.spacing if spacing is None else spacing
-        final = self.final if final is None else final
         last = self.num_train_timesteps
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= last:
             raise LdmPipeError(f"num_steps is {num_steps!r}", how_to_fix=f"use a whole number from 1 to {last}")
+        if final not in get_args(Final):
+            raise LdmPipeError(f"final is {final!r}", how_to_fix=f"use one of {', '.join(get_args(Final))}")
         if spacing is None:
-            raise LdmPipeError("the schedule names no spacing", how_to_fix='state it: spacing="leading", "trailing" or "linspace"')
+            raise LdmPipeError(
+                "the schedule names no spacing", how_to_fix='state it: spacing="leading", "trailing" or "linspace"'
+            )
         t = self.times(num_steps, spacing, grid)
         if t[0] > last - 1 or not bool((t[1:] < t[:-1]).all()):
             raise LdmPipeError(
-                f"{num_steps} steps with {spacing} spacing and steps_offset {self.steps_offset} do not fit {last} levels",
+                f"{num_steps} steps of {spacing} spacing, steps_offset {self.steps_offset}, do not fit {last} levels",
                 how_to_fix=f"use at most {last // 2} steps, or trailing spacing",
             )
-        end_alpha, end_sigma = self.alpha_sigma(torch.zeros(1)) if final == "first" else (torch.ones(1), torch.zeros(1))
+        clean = (torch.ones(1), torch.zeros(1))
+        end_alpha, end_sigma = clean if final == "clean" else self.alpha_sigma(torch.zeros(1))
         alpha, sigma = self.alpha_sigma(t)
-        # a sampler that starts at the largest level of EDM's frame draws sigma / alpha * noise there: sigma * noise here
+        # who starts at the largest level of EDM's frame draws sigma / alpha * noise there: sigma * noise here
         init_scale = float(sigma[0]) if grid == "fractional" and spacing != "leading" else 1.0
         steps = Steps(
             t=torch.cat([t, t.new_tensor([-1.0])]),
@@ -314,12 +326,14 @@ def _check_choices(schedule: NoiseSchedule) -> None:
         ("beta_schedule", schedule.beta_schedule, get_args(BetaSchedule)),
         ("prediction", schedule.prediction, get_args(Prediction)),
         ("spacing", schedule.spacing, (*get_args(Spacing), None)),
-        ("final", schedule.final, get_args(Final)),
     )
     for name, value, allowed in choices:
         if value not in allowed:
             known = ", ".join(str(choice) for choice in allowed)
             raise LdmPipeError(f"{name} is {value!r}", where="NoiseSchedule", how_to_fix=f"use one of {known}")
+    for name, value in (("beta_start", schedule.beta_start), ("beta_end", schedule.beta_end)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise LdmPipeError(f"{name} is {value!r}", where="NoiseSchedule", how_to_fix="use a number between 0 and 1")
     num = schedule.num_train_timesteps
     if isinstance(num, bool) or not isinstance(num, int) or not 2 <= num <= 1_000_000:
         raise LdmPipeError(f"num_train_timesteps is {num!r}", how_to_fix="use a whole number from 2 to 1000000")
@@ -327,5 +341,9 @@ def _check_choices(schedule: NoiseSchedule) -> None:
         raise LdmPipeError(
             f"{len(schedule.trained_betas)} trained_betas for {num} levels", how_to_fix="give one beta per level"
         )
-    if isinstance(schedule.steps_offset, bool) or not isinstance(schedule.steps_offset, int) or schedule.steps_offset < 0:
+    if (
+        isinstance(schedule.steps_offset, bool)
+        or not isinstance(schedule.steps_offset, int)
+        or schedule.steps_offset < 0
+    ):
         raise LdmPipeError(f"steps_offset is {schedule.steps_offset!r}", how_to_fix="use 0 or 1")

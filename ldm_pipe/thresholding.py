@@ -1,7 +1,8 @@
 """Keep the estimate of x0 within the range of the data, for every sampler alike.
 
-Enters: a `Denoise`. Leaves: a `Denoise` whose x0 is clipped or squeezed, in latents or in pixels. This file does not know samplers:
-they derive what else they need from x0 (diffusers' DDIM keeps the network's eps unless `use_clipped_model_output`).
+Enters: a `Denoise`. Leaves: a `Denoise` whose x0 is clipped or squeezed, in latents or in pixels. This file does not
+know samplers: they derive what else they need from x0 (diffusers' DDIM keeps the network's eps unless
+`use_clipped_model_output`).
 """
 
 from __future__ import annotations

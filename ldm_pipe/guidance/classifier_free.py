@@ -1,6 +1,7 @@
 """Classifier-free guidance.
 
-Enters: a `Denoiser` and two conditions. Leaves: a `Denoise`. This file does not know samplers or how conditions are made.
+Enters: a `Denoiser` and two conditions. Leaves: a `Denoise`. This file does not know samplers or how conditions are
+    made.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def cfg(
         denoiser: the model.
         cond: condition, B rows; may be None only where scale = 0.
         uncond: empty or negative condition, B rows; may be None only where scale = 1.
-        scale: w; 1 is the conditional model, 0 the unconditional one, each at one evaluation of B per step; otherwise one
-            evaluation of 2B.
+        scale: w; 1 is the conditional model, 0 the unconditional one, each at one evaluation of B per step; otherwise
+            one evaluation of 2B.
         rescale: phi in [0, 1].
 
     Returns: (x_t, t) -> Denoised.
@@ -46,12 +47,16 @@ def cfg(
     Raises: LdmPipeError if scale is not finite, rescale is outside [0, 1], or a needed condition is missing.
     """
     if not math.isfinite(scale):
-        raise LdmPipeError(f"guidance scale is {scale}", how_to_fix="use a finite number; 1 is no guidance, 7.5 customary")
+        raise LdmPipeError(
+            f"guidance scale is {scale}", how_to_fix="use a finite number; 1 is no guidance, 7.5 customary"
+        )
     if not 0 <= rescale <= 1:
         raise LdmPipeError(f"guidance rescale is {rescale}", how_to_fix="use a number from 0 to 1; 0.7 is the paper's")
     if scale in (0, 1):
         if rescale > 0:
-            warnings.warn(f"guidance rescale {rescale} has no effect at guidance scale {scale}", UserWarning, stacklevel=2)
+            warnings.warn(
+                f"guidance rescale {rescale} has no effect at guidance scale {scale}", UserWarning, stacklevel=2
+            )
         only = cond if scale == 1 else uncond
         return lambda x_t, t: denoiser(x_t, t, only)
     if cond is None or uncond is None:

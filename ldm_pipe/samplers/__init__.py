@@ -1,6 +1,7 @@
-"""Samplers: pure functions (denoise, x, steps) -> x that read like the algorithm. They know `Steps`, `Denoise` and `Noise` only.
+"""Samplers: pure functions (denoise, x, steps) -> x that read like the algorithm.
 
-`get(name)` finds one by name, with the grid of times it is customarily run on.
+They know `Steps`, `Denoise` and `Noise` only. `get(name)` finds one by name, with the grid of times it is customarily
+run on.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from ldm_pipe.denoiser import Denoise
+from ldm_pipe.noise import Draw, Noise
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.common import Callback
 from ldm_pipe.samplers.ddim import ddim
 from ldm_pipe.samplers.ddpm import ddpm
 from ldm_pipe.samplers.dpmpp import dpmpp_2m
 from ldm_pipe.samplers.euler import euler
-from ldm_pipe.schedule import Grid
+from ldm_pipe.schedule import Grid, Steps
 
-__all__ = ["NAMES", "Callback", "Sampler", "ddim", "ddpm", "dpmpp_2m", "euler", "get"]
+__all__ = ["NAMES", "Callback", "Noise", "Sampler", "ddim", "ddpm", "dpmpp_2m", "euler", "get"]
 
 Name = Literal["ddpm", "ddim", "euler", "dpmpp_2m"]
 NAMES: tuple[str, ...] = get_args(Name)
@@ -32,7 +35,7 @@ class Sampler:
 
     Attributes:
         name: as in `NAMES`.
-        function: called as function(denoise, x, steps, noise=, eta=, callback=).
+        function: the sampler itself; calling this object calls it.
         grid: for `NoiseSchedule.steps`; with it, diffusers' scheduler of the same name visits the same levels.
         has_eta: whether eta means something.
         always_stochastic: whether it needs noise whatever eta is.
@@ -43,6 +46,19 @@ class Sampler:
     grid: Grid
     has_eta: bool = False
     always_stochastic: bool = False
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        steps: Steps,
+        *,
+        noise: Draw | None = None,
+        eta: float = 0.0,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Run the sampler; see its own function."""
+        return self.function(denoise, x, steps, noise=noise, eta=eta, callback=callback)
 
     def needs_noise(self, eta: float) -> bool:
         """Return whether the function must be given noise."""

@@ -1,4 +1,4 @@
-"""What all samplers share: how they are called, and the checks at their border. The mathematics is in their own files."""
+"""What all samplers share: how they are called, and the checks at their border; no mathematics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm_pipe.noise import Noise
+from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
 
 # callback(i, t, x, x0) after step i, from time t: x is the state it reached; a returned tensor replaces it
@@ -19,7 +19,7 @@ def report(callback: Callback | None, i: int, t: Tensor, x: Tensor, x0: Tensor) 
     return x if changed is None else changed
 
 
-def fresh(noise: Noise | None, like: Tensor, sampler: str) -> Tensor:
+def fresh(noise: Draw | None, like: Tensor, sampler: str) -> Tensor:
     """Draw unit Gaussian noise of the shape, dtype and device of `like`."""
     if noise is None:
         raise LdmPipeError(f"{sampler} draws noise in every step, but got none", how_to_fix="pass noise=Noise(seeds)")

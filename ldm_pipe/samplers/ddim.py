@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise
-from ldm_pipe.noise import Noise
+from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import eps_from_x0
 from ldm_pipe.samplers.common import Callback, fresh, report
@@ -17,7 +17,7 @@ def ddim(
     x: Tensor,
     steps: Steps,
     *,
-    noise: Noise | None = None,
+    noise: Draw | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:

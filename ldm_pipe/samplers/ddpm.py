@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise
-from ldm_pipe.noise import Noise
+from ldm_pipe.noise import Draw
 from ldm_pipe.samplers.common import Callback, fresh, refuse_eta, report
 from ldm_pipe.schedule import Steps
 
@@ -15,7 +15,7 @@ def ddpm(
     x: Tensor,
     steps: Steps,
     *,
-    noise: Noise | None = None,
+    noise: Draw | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise
-from ldm_pipe.noise import Noise
+from ldm_pipe.noise import Draw
 from ldm_pipe.samplers.common import Callback, refuse_eta, report
 from ldm_pipe.schedule import Steps
 
@@ -17,7 +17,7 @@ def dpmpp_2m(
     x: Tensor,
     steps: Steps,
     *,
-    noise: Noise | None = None,
+    noise: Draw | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -25,8 +25,9 @@ def dpmpp_2m(
 
         x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) D,   D = x0 + h / (2 h_last) (x0 - x0_last)
 
-    with h the step in half_log_snr. D = x0 in the first step, in the step to sigma = 0, where h is infinite, and in the last of
-    fewer than 15 steps. After a start at alpha = 0, h_last is infinite and D is x0 again: no number is divided by alpha.
+    with h the step in half_log_snr. D = x0 in the first step, in the step to sigma = 0, where h is infinite, and in
+    the last of fewer than 15 steps. After a start at alpha = 0, h_last is infinite and D is x0 again: no number is
+    divided by alpha.
 
     Args:
         denoise: maps (x_t, t) to an estimate of x0, same shape as x_t.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise
-from ldm_pipe.noise import Noise
+from ldm_pipe.noise import Draw
 from ldm_pipe.samplers.common import Callback, refuse_eta, report
 from ldm_pipe.schedule import Steps
 
@@ -15,7 +15,7 @@ def euler(
     x: Tensor,
     steps: Steps,
     *,
-    noise: Noise | None = None,
+    noise: Draw | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -23,8 +23,8 @@ def euler(
 
         d(x / alpha) / d(sigma / alpha) = eps   =>   x_s = r x_t + (alpha_s - r alpha_t) x0,   r = sigma_s / sigma_t
 
-    Multiplied out it divides by no alpha, so it starts from alpha = 0. On the same rows it equals DDIM with eta = 0; what
-    diffusers calls Euler differs in its rows (grid "fractional") and its init_scale.
+    Multiplied out it divides by no alpha, so it starts from alpha = 0. On the same rows it equals DDIM with eta = 0;
+    what diffusers calls Euler differs in its rows (grid "fractional") and its init_scale.
 
     Args:
         denoise: maps (x_t, t) to an estimate of x0, same shape as x_t.
