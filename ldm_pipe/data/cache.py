@@ -1,7 +1,8 @@
 """Latents and text embeddings, computed once and kept in content-addressed folders.
 
-Enters: records and an encoder. Leaves: the moments (mean, log variance) of every picture's latents, and the embeddings of every
-distinct text. This file does not know the autoencoder's scale and shift: the moments are raw, training normalises them.
+Enters: records and an encoder. Leaves: the moments (mean, log variance) of every picture's latents, and the embeddings
+of every distinct text. This file does not know the autoencoder's scale and shift: the moments are raw, training
+normalises them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def module_hash(module: nn.Module) -> str:
     digest = hashlib.sha256(type(module).__name__.encode())
     config = getattr(module, "config", None)
     if isinstance(config, dict):
-        digest.update(repr(sorted((key, repr(value)) for key, value in config.items() if not key.startswith("_"))).encode())
+        digest.update(
+            repr(sorted((key, repr(value)) for key, value in config.items() if not key.startswith("_"))).encode()
+        )
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -63,7 +66,9 @@ class LatentCache:
         # whole caches are checked here, larger ones row by row when they are read
         if shards.tensors is not None:
             for name, tensor in shards.tensors.items():
-                _check_finite(tensor, lambda row: f"picture {row // self.num_variants}", f"cached {name}", shards.folder)
+                _check_finite(
+                    tensor, lambda row: f"picture {row // self.num_variants}", f"cached {name}", shards.folder
+                )
 
     @classmethod
     def build(
@@ -87,7 +92,8 @@ class LatentCache:
         Args:
             root: folder of all caches; this one gets a folder named by the hash of its settings.
             records: the pictures.
-            encode_moments: maps images (B, 3, H, W) in [-1, 1] to an object with `mean` and `log_var`, (B, C, h, w), raw.
+            encode_moments: maps images (B, 3, H, W) in [-1, 1] to an object with `mean` and `log_var`, (B, C, h, w),
+                raw.
             autoencoder_hash: `module_hash` of the encoder.
             resolution: side of the square pictures.
             flip: also encode each picture mirrored.
@@ -120,7 +126,7 @@ class LatentCache:
 
     @property
     def mean(self) -> Tensor:
-        """Return all means, (N * num_variants, C, h, w), row `i * num_variants + variant`; needs the cache in memory."""
+        """Return all means, (N * num_variants, C, h, w), row `i * num_variants + variant`; needs them in memory."""
         return self._whole("mean")
 
     @property
@@ -139,7 +145,7 @@ class LatentCache:
         chosen = [0] * len(indices) if variants is None else [int(variant) for variant in variants]
         if len(chosen) != len(indices) or not all(0 <= variant < self.num_variants for variant in chosen):
             raise LdmPipeError(f"variants must be one number below {self.num_variants} per picture")
-        rows = [index * self.num_variants + variant for index, variant in zip(indices, chosen)]
+        rows = [index * self.num_variants + variant for index, variant in zip(indices, chosen, strict=True)]
         mean, log_var = (self._shards.rows(name, rows) for name in ("mean", "log_var"))
         if self._shards.tensors is None:
             for tensor in (mean, log_var):
@@ -162,7 +168,8 @@ def _encode_pictures(
     for start in range(0, len(records), batch_size):
         indices = range(start, min(start + batch_size, len(records)))
         pictures = [
-            resize(records.image(index), settings["resolution"], settings["center_crop"], crop_at=crop_at) for index in indices
+            resize(records.image(index), settings["resolution"], settings["center_crop"], crop_at=crop_at)
+            for index in indices
         ]
         images = torch.stack([to_tensor(picture) for picture in pictures])  # (B, 3, H, W)
         if num_variants == 2:
@@ -196,7 +203,9 @@ class TextCache:
 
     def __init__(self, shards: Shards, texts: Sequence[str]) -> None:
         if shards.tensors is None:
-            raise LdmPipeError("the text embeddings are too large for memory", str(shards.folder), "Use fewer variants.")
+            raise LdmPipeError(
+                "the text embeddings are too large for memory", str(shards.folder), "Use fewer variants."
+            )
         self.texts = list(texts)
         self.index = {text: row for row, text in enumerate(self.texts)}
         for name, tensor in shards.tensors.items():
@@ -225,7 +234,8 @@ class TextCache:
         Args:
             root: folder of all caches.
             texts: captions, prompts, and "" for the empty prompt.
-            encode: maps texts to an object with `tokens` (B, L, D), `token_mask` (B, L) or None, `pooled` (B, P) or None.
+            encode: maps texts to an object with `tokens` (B, L, D), `token_mask` (B, L) or None, `pooled` (B, P) or
+                None.
             encoder_hash: `module_hash` of the text encoder (and whatever else decides: tokenizer, clip_skip).
             layer: which hidden layer `encode` returns; part of the folder's name.
             batch_size: texts encoded at once.

@@ -1,8 +1,8 @@
 """Records: the checked, filtered rows that a training uses.
 
-Enters: parquet files, an image folder, a hub name or a `datasets.Dataset`. Leaves: `Records`, in which every row has a readable
-picture and (unless none are wanted) a caption; what was left out is listed with its reason. This file does not know the order
-in which rows are used, nor tensors.
+Enters: parquet files, an image folder, a hub name or a `datasets.Dataset`. Leaves: `Records`, in which every row has a
+readable picture and (unless none are wanted) a caption; what was left out is listed with its reason. This file does not
+know the order in which rows are used, nor tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image
 
@@ -33,7 +33,7 @@ from ldm_pipe.data.sources import (
 )
 from ldm_pipe.pretrained import LdmPipeError
 
-DataSource = Union[str, Path, Sequence[Union[str, Path]], Any]
+DataSource: TypeAlias = "str | Path | Sequence[str | Path] | Any"
 
 
 @dataclass
@@ -98,6 +98,10 @@ class Records:
             name=self._table.where[row],
         )
 
+    def source(self, index: int) -> Path | bytes:
+        """Return the path or the undecoded bytes of one picture."""
+        return self._table.images[self._rows[index]]
+
     def where(self, index: int) -> str:
         """Return the path, or the file and row, of one picture."""
         return self._table.where[self._rows[index]]
@@ -152,7 +156,7 @@ class Records:
     def fingerprint(self) -> str:
         """Return the sha256 over pictures, captions and keywords: a checkpoint keeps it to notice changed data."""
         digest = hashlib.sha256(self.image_fingerprint.encode())
-        for caption, words in zip(self.captions, self.keywords):
+        for caption, words in zip(self.captions, self.keywords, strict=True):
             digest.update(repr((caption, words)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
@@ -181,8 +185,8 @@ def load_records(
     """Load and check one split.
 
     Args:
-        source: parquet file(s), folder of parquet files, image folder with metadata.jsonl / metadata.csv / .txt files, name of
-            a hub data set, or a `datasets.Dataset`.
+        source: parquet file(s), folder of parquet files, image folder with metadata.jsonl / metadata.csv / .txt files,
+            name of a hub data set, or a `datasets.Dataset`.
         split: "train", "validation" or "test"; ignored for single parquet files and `Dataset` objects.
         image_column: column of the pictures.
         caption_column: column of the captions; None: no captions are wanted.
@@ -210,7 +214,8 @@ def load_records(
     kept, captions, identities = _check_rows(table, rows, caption_column, null_captions, report)
     if check_images:
         good = _check_pictures(table, kept, background, max_pixels, report)
-        kept, captions, identities = ([values[i] for i in good] for values in (kept, captions, identities))
+        kept, captions = [kept[i] for i in good], [captions[i] for i in good]
+        identities = [identities[i] for i in good]
     report.num_used = len(kept)
     _stop_if_bad(report, max_bad_fraction, name)
     words = table.columns[keywords_column] if keywords_column else None
@@ -232,7 +237,12 @@ def _read(source: DataSource, split: str, image_column: str, caption_column: str
             raise LdmPipeError("is not a parquet file", str(path), "Give a parquet file or a folder.")
         return read_parquet(path, image_column)
     if not path.is_dir():
-        if path.suffix == ".parquet" or path.is_absolute() or len(Path(source).parts) > 2 or str(source).startswith("."):
+        if (
+            path.suffix == ".parquet"
+            or path.is_absolute()
+            or len(Path(source).parts) > 2
+            or str(source).startswith(".")
+        ):
             raise LdmPipeError("no such file or folder", str(path))
         return read_dataset(load_hub(str(source), config, split), image_column, str(source))
     if parquet := find_parquet(path, split):
@@ -243,7 +253,9 @@ def _read(source: DataSource, split: str, image_column: str, caption_column: str
     if has_splits and not any((path / metadata).is_file() for metadata in METADATA_NAMES):
         matching = [folder for folder in has_splits if split_of(Path(folder.name) / "x") == split]
         if not matching:
-            raise LdmPipeError(f"there is no folder for split {split!r}", str(path), f"Found: {[f.name for f in has_splits]}.")
+            raise LdmPipeError(
+                f"there is no folder for split {split!r}", str(path), f"Found: {[f.name for f in has_splits]}."
+            )
         return join_tables([read_folder(folder, image_column, caption_column) for folder in sorted(matching)])
     if split != "train":
         raise LdmPipeError(f"there is no split {split!r}: the folder is not divided", str(path))
@@ -271,7 +283,7 @@ def _check_rows(
         if source is None:
             report.problems.append(Problem(where, "missing picture", "the picture is null"))
             continue
-        caption = table.columns[caption_column][row] if caption_column else ""
+        caption: Any = table.columns[caption_column][row] if caption_column else ""
         if caption is not None and not isinstance(caption, str):
             report.problems.append(Problem(where, "broken row", f"the caption is {type(caption).__name__}, not text"))
             continue
@@ -331,7 +343,7 @@ def _stop_if_bad(report: DataReport, max_bad_fraction: float, name: str) -> None
     if not report.num_used and not report.problems:
         raise LdmPipeError("no rows are left", name, "Check the filters.")
     fraction = len(report.problems) / max(report.num_rows, 1)
-    if fraction > max_bad_fraction or not report.num_used:
+    if fraction > max_bad_fraction:
         first = "\n  ".join(str(problem) for problem in report.problems[:10])
         raise LdmPipeError(
             f"{len(report.problems)} of {report.num_rows} rows cannot be used ({report}):\n  {first}",

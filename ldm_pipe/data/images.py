@@ -1,7 +1,7 @@
 """Pictures: files and bytes in, RGB pictures and tensors out, and the way back.
 
-Enters: a path, the bytes of a picture file, or a PIL picture. Leaves: a PIL picture in mode RGB, or a tensor (3, H, W) in
-[-1, 1]. This file does not know about data sets, captions or latents.
+Enters: a path, the bytes of a picture file, or a PIL picture. Leaves: a PIL picture in mode RGB, or a tensor (3, H, W)
+in [-1, 1]. This file does not know about data sets, captions or latents.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Union
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm_pipe.pretrained import LdmPipeError
 
-ImageSource = Union[str, Path, bytes, Image.Image]
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 
 MAX_PIXELS = 50_000_000
 # A fixed list: Pillow also opens formats that start other programs (EPS) or are seldom tested.
@@ -65,7 +65,10 @@ def open_image_with_notes(
     max_pixels: int = MAX_PIXELS,
     name: str = "",
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """Read one picture like `open_image`; also return what was odd about it ("animated", "mode CMYK", "broken EXIF", ...)."""
+    """Read one picture like `open_image`; also return what was odd about it.
+
+    The notes are "animated", "mode CMYK", "broken EXIF", "rotated by EXIF", "transparent", and the like.
+    """
     where = name or (str(source) if isinstance(source, (str, Path)) else "<picture in memory>")
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise LdmPipeError(f"background {background!r}: three values from 0 to 255 are needed")
@@ -80,7 +83,8 @@ def open_image_with_notes(
         return _decode(image, background, where)
     except LdmPipeError:
         raise
-    # Damaged files make Pillow's decoders raise almost anything (OSError, SyntaxError, struct.error, zlib.error, KeyError, ...).
+    # Damaged files make Pillow's decoders raise almost anything (OSError, SyntaxError, struct.error, zlib.error,
+    # KeyError, ...).
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise LdmPipeError(f"cannot read the picture: {reason}", where=where) from error
@@ -103,7 +107,9 @@ def _open_header(source: str | Path | bytes, where: str) -> Image.Image:
         return Image.open(stream, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         text = head.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in head)
-        kind = f"text, not a picture (starts with {head[:24].decode()!r})" if text else "not a picture of a known format"
+        kind = (
+            f"text, not a picture (starts with {head[:24].decode()!r})" if text else "not a picture of a known format"
+        )
         raise LdmPipeError(kind, where=where, how_to_fix=f"readable formats: {', '.join(FORMATS)}") from error
 
 
@@ -118,7 +124,7 @@ def _decode(image: Image.Image, background: tuple[int, int, int], where: str) ->
     orientation = 1
     try:
         orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  broken EXIF must not cost a good picture; Pillow raises many kinds here
+    except Exception:  # noqa: BLE001 broken EXIF must not cost a good picture; Pillow raises many kinds here
         notes.append("broken EXIF")
     if image.mode != "RGB":
         notes.append(f"mode {image.mode}")
@@ -161,12 +167,14 @@ def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Imag
         if converted is not None:
             notes.append("colour profile applied")
             return converted
-    except Exception:  # noqa: BLE001  LittleCMS reports damaged profiles by several exception types
+    except Exception:  # noqa: BLE001 LittleCMS reports damaged profiles by several exception types
         notes.append("broken colour profile")
     return image.convert("RGB")
 
 
-def _deep_grey_to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[str], where: str) -> Image.Image:
+def _deep_grey_to_rgb(
+    image: Image.Image, background: tuple[int, int, int], notes: list[str], where: str
+) -> Image.Image:
     """Scale 16-bit grey by 1 / 257 (Pillow's own conversion clips at 255: almost all white)."""
     values = np.asarray(image)
     if image.mode == "F":
@@ -195,8 +203,8 @@ def resize(
 ) -> Image.Image:
     """Scale a picture to cover (height, width) and crop the rest, without aliasing.
 
-    A whole reduction factor (128 -> 64) is an exact box average, which keeps the flat areas of drawings flat; anything else is
-    Lanczos.
+    A whole reduction factor (128 -> 64) is an exact box average, which keeps the flat areas of drawings flat; anything
+    else is Lanczos.
 
     Args:
         image: RGB picture.
@@ -276,7 +284,7 @@ def make_grid(
     )
     draw = ImageDraw.Draw(sheet)
     ink = (0, 0, 0) if sum(background) > 382 else (255, 255, 255)
-    for index, (image, lines) in enumerate(zip(images, wrapped)):
+    for index, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
         row, column = divmod(index, columns)
         x = padding + column * (width + padding)
         y = padding + row * (height + text_height + padding)

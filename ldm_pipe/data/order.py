@@ -1,7 +1,8 @@
 """Data order: which pictures make up batch number `step`, as a pure function of the seed.
 
-Enters: number of pictures, seed, optional weights, step. Leaves: row indices. There is no state to save: a run that resumes at
-a step gets exactly the batch that an unbroken run would have had. This file does not know pictures or tensors.
+Enters: number of pictures, seed, optional weights, step. Leaves: row indices. There is no state to save: a run that
+resumes at a step gets exactly the batch that an unbroken run would have had. This file does not know pictures or
+tensors.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ def _random_bits(count: int, *keys: int | str) -> np.ndarray:
     return np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64)).random_raw(count)
 
 
-def epoch_order(num_items: int, seed: int, epoch: int, weights: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
+def epoch_order(
+    num_items: int, seed: int, epoch: int, weights: Sequence[float] | np.ndarray | None = None
+) -> np.ndarray:
     """Return the `num_items` row indices of one epoch in their order.
 
-    Without weights: a permutation. With weights: a draw with replacement by systematic resampling (Kitagawa 1996), so that row
-    i comes floor(e) or floor(e) + 1 times, e = num_items w_i / sum(w), and e times on average; rows of one group that stand
-    together are drawn as evenly as if they were one row. Then shuffled.
+    Without weights: a permutation. With weights: a draw with replacement by systematic resampling (Kitagawa 1996), so
+    that row i comes floor(e) or floor(e) + 1 times, e = num_items w_i / sum(w), and e times on average; rows of one
+    group that stand together are drawn as evenly as if they were one row. Then shuffled.
 
     Args:
         num_items: number of rows.
@@ -68,8 +71,9 @@ def concept_weights(concepts: Sequence[Hashable]) -> np.ndarray:
 class DataOrder:
     """The endless stream of row indices of a run, cut into global batches.
 
-    Sample number k of the run is row `k % num_items` of epoch `k // num_items`; batches run on over the end of an epoch, so
-    nothing is dropped or padded. A global batch does not depend on how it is split over processes or accumulation.
+    Sample number k of the run is row `k % num_items` of epoch `k // num_items`; batches run on over the end of an
+    epoch, so nothing is dropped or padded. A global batch does not depend on how it is split over processes or
+    accumulation.
 
     Args:
         num_items: number of rows.
@@ -78,7 +82,9 @@ class DataOrder:
         weights: see `epoch_order`.
     """
 
-    def __init__(self, num_items: int, batch_size: int, seed: int, weights: Sequence[float] | np.ndarray | None = None) -> None:
+    def __init__(
+        self, num_items: int, batch_size: int, seed: int, weights: Sequence[float] | np.ndarray | None = None
+    ) -> None:
         if batch_size < 1:
             raise LdmPipeError(f"batch size {batch_size}: must be at least 1")
         self.num_items = num_items
@@ -117,10 +123,12 @@ class DataOrder:
             raise LdmPipeError(f"step {step}: must be 0 or more")
         num_parts = num_processes * num_micro_steps
         if not (0 <= process_index < num_processes and 0 <= micro_step < num_micro_steps):
-            raise LdmPipeError(f"part ({micro_step}, {process_index}) of ({num_micro_steps}, {num_processes}) does not exist")
+            raise LdmPipeError(
+                f"part ({micro_step}, {process_index}) of ({num_micro_steps}, {num_processes}) does not exist"
+            )
         if self.batch_size % num_parts:
             raise LdmPipeError(
-                f"a batch of {self.batch_size} cannot be split over {num_processes} processes x {num_micro_steps} steps",
+                f"batch of {self.batch_size} cannot be split over {num_processes} processes x {num_micro_steps} steps",
                 how_to_fix="choose a batch size that is a multiple of both together",
             )
         part_size = self.batch_size // num_parts
@@ -145,6 +153,6 @@ def batch_at(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> np.ndarray:
-    """Return the row indices of one step for one process; see `DataOrder`, which keeps the epoch's order between calls."""
+    """Return the row indices of one step for one process; `DataOrder` also keeps the epoch's order between calls."""
     order = DataOrder(num_items, batch_size, seed, weights)
     return order.batch_at(step, process_index=process_index, num_processes=num_processes)

@@ -1,7 +1,7 @@
 """A folder of safetensors shards with a manifest: written whole or not at all, checked when read.
 
-Enters: batches of named tensors, row by row along their first axis. Leaves: the same rows, in one tensor or read on demand.
-This file does not know what the tensors mean.
+Enters: batches of named tensors, row by row along their first axis. Leaves: the same rows, in one tensor or read on
+demand. This file does not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_pipe.pretrained import LdmPipeError, atomic_write, load_tensors, read_json, safe_child, save_tensors, sync_folder
+from ldm_pipe.pretrained import (
+    LdmPipeError,
+    atomic_write,
+    load_tensors,
+    read_json,
+    safe_child,
+    save_tensors,
+    sync_folder,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -103,7 +111,8 @@ class Shards:
 
     Args:
         folder: the folder.
-        max_memory_bytes: up to this size all rows are held in memory as one tensor per name; beyond, they are read on demand.
+        max_memory_bytes: up to this size all rows are held in memory as one tensor per name; beyond, they are read on
+            demand.
         verify: compare the sha256 of every file with the manifest.
     Raises: LdmPipeError naming the file that is missing, of another size or damaged.
     """
@@ -121,7 +130,7 @@ class Shards:
         if settings_key(self.settings) != self.folder.name:
             raise self._damaged(MANIFEST, "does not belong to this folder")
         self._paths = [safe_child(self.folder, name, str(self.folder / MANIFEST)) for name, *_ in entries]
-        for path, (name, _, size, sha256) in zip(self._paths, entries):
+        for path, (name, _, size, sha256) in zip(self._paths, entries, strict=True):
             if not path.is_file():
                 raise self._damaged(name, "is missing")
             if path.stat().st_size != size:
@@ -135,7 +144,9 @@ class Shards:
             self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
     def _damaged(self, name: str, what: str) -> LdmPipeError:
-        return LdmPipeError(f"cache file {name} {what}", str(self.folder), "Delete this folder; it will be computed anew.")
+        return LdmPipeError(
+            f"cache file {name} {what}", str(self.folder), "Delete this folder; it will be computed anew."
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -143,7 +154,7 @@ class Shards:
     def rows(self, name: str, indices: Iterable[int]) -> Tensor:
         """Return rows of one tensor, in the order asked for."""
         index = np.asarray(list(indices), dtype=np.int64)
-        if len(index) and not (0 <= index.min() and index.max() < len(self)):
+        if len(index) and not (index.min() >= 0 and index.max() < len(self)):
             raise LdmPipeError(f"row {index.min()}..{index.max()} of {len(self)} does not exist", str(self.folder))
         if self.tensors is not None:
             return self.tensors[name][torch.from_numpy(index)]

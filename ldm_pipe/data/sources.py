@@ -1,7 +1,7 @@
 """Readers: parquet files, image folders and `datasets` objects become one `Table` of picture sources and columns.
 
-Enters: a path, a hub name or a `datasets.Dataset`. Leaves: a `Table`, nothing decoded yet. This file does not judge captions or
-pictures (dataset.py does); it refuses paths that lead out of their folder.
+Enters: a path, a hub name or a `datasets.Dataset`. Leaves: a `Table`, nothing decoded yet. This file does not judge
+captions or pictures (dataset.py does); it refuses paths that lead out of their folder.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def member_path(root: Path, name: object, where: str) -> Path:
     windows = PureWindowsPath(name)
     absolute = PurePosixPath(name).is_absolute() or bool(windows.drive or windows.root)
     if absolute or ".." in windows.parts:
-        raise LdmPipeError(f"path {name!r} leads out of the folder", where=where, how_to_fix="use paths below the folder")
+        raise LdmPipeError(
+            f"path {name!r} leads out of the folder", where=where, how_to_fix="use paths below the folder"
+        )
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
         raise LdmPipeError(f"path {name!r} is a link that leads out of the folder", where=where)
@@ -99,7 +101,7 @@ def member_path(root: Path, name: object, where: str) -> Path:
 
 
 def split_of(path: Path) -> str | None:
-    """Tell the split from a path such as `noto/train.parquet` or `data/train-00000-of-00001.parquet`; the last word counts."""
+    """Tell the split from a path such as `noto/train.parquet` or `train-00000-of-00001.parquet`, file name first."""
     for part in (path.stem, *reversed(path.parent.parts)):
         words = re.split(r"[-_.\s]+", part.lower())
         for split, names in _SPLIT_NAMES.items():
@@ -115,7 +117,7 @@ def find_parquet(folder: Path, split: str) -> list[Path]:
     if not any(splits):
         # Nothing is marked: the folder itself may be the split, or all of it is for training.
         return files if split_of(Path(folder.name) / "x") in (None, split) and split == "train" else []
-    return [path for path, name in zip(files, splits) if name == split]
+    return [path for path, name in zip(files, splits, strict=True) if name == split]
 
 
 def read_parquet(path: Path, image_column: str) -> Table:
@@ -136,13 +138,17 @@ def read_parquet(path: Path, image_column: str) -> Table:
         if pa.types.is_struct(kind) and {kind.field(i).name for i in range(kind.num_fields)} >= {"bytes"}:
             columns[name] = _arrow_pictures(table.column(name), path)
         elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            columns[name] = _Lazy(len(table), lambda i, column=table.column(name): column[i].as_py())
+            columns[name] = _arrow_bytes(table.column(name))
         elif name == image_column:
             raise LdmPipeError(f"column {name!r} of type {kind} holds no pictures", str(path))
         else:
             columns[name] = table.column(name).to_pylist()
     images = columns[image_column]
     return Table(images, columns, [f"{path}:row {row}" for row in range(len(images))], image_column)
+
+
+def _arrow_bytes(column: Any) -> Sequence[Any]:
+    return _Lazy(len(column), lambda row: column[row].as_py())
 
 
 def _arrow_pictures(column: Any, path: Path) -> Sequence[Any]:
@@ -294,12 +300,15 @@ def load_hub(name: str, config: str | None, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise LdmPipeError("a data set by name needs the `datasets` library", name, 'pip install "ldm-pipe[train]"') from error
+        raise LdmPipeError(
+            "a data set by name needs the `datasets` library", name, 'pip install "ldm-pipe[train]"'
+        ) from error
     try:
         return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # noqa: BLE001  the hub client raises its own, the loader's and the network's errors
+    except Exception as error:  # the hub client raises its own, the loader's and the network's errors
         raise LdmPipeError(
-            f"no such folder here, and the data set could not be loaded from the hub ({type(error).__name__}: {str(error)[:200]})",
+            "no such folder here, and the data set could not be loaded from the hub "
+            f"({type(error).__name__}: {str(error)[:200]})",
             name,
             "Give the path of a folder or a parquet file, or check the name and the network.",
         ) from error
@@ -313,7 +322,8 @@ def join_tables(tables: Sequence[Table]) -> Table:
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
             different = sorted(set(table.columns) ^ set(first.columns))
-            raise LdmPipeError(f"columns {different} are not in all of the files joined", table.where[0] if table.where else "")
+            where = table.where[0] if table.where else ""
+            raise LdmPipeError(f"columns {different} are not in all of the files joined", where)
     return Table(
         _Chain([table.images for table in tables]),
         {name: _Chain([table.columns[name] for table in tables]) for name in first.columns},
