@@ -35,8 +35,8 @@ MEETING = {
 }  # fmt: skip
 # Costly to import, or not installed with the runtime: never when a module of ours is imported.
 HEAVY = {
-    "transformers", "diffusers", "open_clip", "torchvision", "timm", "datasets", "pyarrow", "pandas", "accelerate", "peft",
-    "gradio", "matplotlib", "tensorboard", "torchmetrics", "xformers", "scipy", "deepspeed",
+    "transformers", "diffusers", "open_clip", "torchvision", "timm", "datasets", "pyarrow", "pandas", "accelerate",
+    "peft", "gradio", "matplotlib", "tensorboard", "torchmetrics", "xformers", "scipy", "deepspeed",
 }  # fmt: skip
 MAY_IMPORT_DIFFUSERS = {"ldm_pipe.interop.export"}
 
