@@ -1,0 +1,205 @@
+"""Checkpoints that are whole or absent: staged folder, manifest of sizes and sha256, rename, only then prune.
+
+What enters: named groups of tensors and a JSON state. What leaves: the same, verified. It knows no model and no
+optimiser class beyond torch's `state_dict` form, and writes no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_pipe.pretrained import LdmPipeError, atomic_write, load_tensors, read_json, save_tensors, sync_folder
+
+FORMAT = 1
+PREFIX = "checkpoint-"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_sha256(file)
+
+
+def _slow_sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):  # Python 3.10 has no file_digest
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _needed_bytes(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
+
+
+def save_checkpoint(
+    run_folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 2
+) -> Path:
+    """Write `checkpoint-<step>` so that at every moment at least one whole checkpoint exists.
+
+    Args:
+        groups: one safetensors file per name, for instance {"unet": ..., "unet.ema": ..., "optimizer": ...}.
+        state: JSON values (step, fingerprint, ...).
+        keep: whole checkpoints to keep, at least 2.
+    Returns: the new folder.
+    Raises: LdmPipeError naming path, need and free space if the disk is too full; older checkpoints are untouched.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    need, free = _needed_bytes(groups) + (1 << 20), shutil.disk_usage(run_folder).free
+    if need > free:
+        raise LdmPipeError(f"no room for a checkpoint: {need} bytes needed, {free} free", str(run_folder), "Free space.")
+    final = run_folder / f"{PREFIX}{step}"
+    staged = run_folder / f".tmp-{step}-{os.getpid()}"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir()
+        for name, tensors in groups.items():
+            save_tensors(staged / f"{name}.safetensors", tensors)
+        atomic_write(staged / "state.json", json.dumps({**state, "step": step}, indent=1, sort_keys=True))
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staged.iterdir())}
+        atomic_write(staged / "manifest.json", json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+        if final.exists():  # this step was written before: set it aside first, the one before it stays whole
+            os.replace(final, run_folder / f".tmp-old{step}-{os.getpid()}")
+        os.replace(staged, final)
+        shutil.rmtree(run_folder / f".tmp-old{step}-{os.getpid()}", ignore_errors=True)
+        sync_folder(run_folder)
+    except OSError as error:
+        raise LdmPipeError(f"checkpoint not written ({error})", str(final), "Older checkpoints are untouched.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    _prune(run_folder, max(keep, 2))
+    return final
+
+
+def _prune(run_folder: Path, keep: int) -> None:
+    for old in list_checkpoints(run_folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    for stale in run_folder.glob(".tmp-*"):
+        pid = stale.name.rsplit("-", 1)[-1]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Return the checkpoint folders that carry a manifest, oldest first (not yet verified)."""
+    found = [p for p in run_folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit() and (p / "manifest.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]))
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises: LdmPipeError naming the first file that is missing, of another size or of another sha256.
+    """
+    manifest = read_json(folder / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise LdmPipeError(f"checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}", str(folder))
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise LdmPipeError(f"{name} is missing", str(folder))
+        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+            raise LdmPipeError(f"{name} is damaged (size or sha256 differs from the manifest)", str(folder))
+
+
+def find_checkpoint(run_folder: Path, which: str) -> Path | None:
+    """Choose the checkpoint to resume from: always a whole one.
+
+    Args:
+        which: "latest" (newest whole one, an error if there is none), "auto" (the same, None if there is none) or a path.
+    """
+    if which not in ("latest", "auto"):
+        folder = Path(which)
+        verify_checkpoint(folder)
+        return folder
+    for folder in reversed(list_checkpoints(run_folder)):
+        try:
+            verify_checkpoint(folder)
+            return folder
+        except LdmPipeError as error:
+            warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
+    if which == "auto":
+        return None
+    raise LdmPipeError("no whole checkpoint to resume from", str(run_folder), "Use --resume_from_checkpoint auto to start.")
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read a verified checkpoint back: (groups, state)."""
+    verify_checkpoint(folder)
+    groups = {p.name[: -len(".safetensors")]: load_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
+    return groups, read_json(folder / "state.json")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimiser's per-parameter state to tensors named `<parameter index>.<entry>`.
+
+    Scalars become float64 tensors. The hyper-parameters are not saved: they come from the run's config.
+    """
+    flat: dict[str, Tensor] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            flat[f"{index}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return flat
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Put flattened state back into an optimiser over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class RunLock:
+    """One writer per run folder: a lock file with pid and host; the lock of a dead process on this host is taken over."""
+
+    def __init__(self, run_folder: Path) -> None:
+        """Take the lock, or raise LdmPipeError naming its holder."""
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self.path = run_folder / ".lock"
+        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        for _ in range(2):
+            try:
+                with open(self.path, "x", encoding="utf-8") as file:
+                    file.write(mine)
+                return
+            except FileExistsError:
+                self._remove_if_stale()
+            except OSError as error:
+                raise LdmPipeError(f"cannot be written ({error.strerror})", str(run_folder), "Choose another folder.") from error
+        raise LdmPipeError("another process took the lock at the same moment", str(run_folder))
+
+    def _remove_if_stale(self) -> None:
+        try:
+            holder = json.loads(self.path.read_text(encoding="utf-8") or "{}")
+        except (OSError, json.JSONDecodeError):
+            holder = {}
+        same_host = holder.get("host") == socket.gethostname()
+        if holder and (not same_host or _alive(int(holder["pid"]))) and holder.get("pid") != os.getpid():
+            what = f"process {holder['pid']} on {holder['host']} writes here already"
+            raise LdmPipeError(what, str(self.path), "Wait for it, or choose another output_dir.")
+        self.path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Give the folder free."""
+        self.path.unlink(missing_ok=True)

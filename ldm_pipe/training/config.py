@@ -1,0 +1,191 @@
+"""Run configs: one complete YAML per experiment, read strictly, overridden by flags.
+
+What enters: `--config file.yaml --key value ...`. What leaves: a frozen pydantic model with every value known.
+Unknown keys, wrong types and wrong choices are refused with the path of the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from ldm_pipe.pretrained import LdmPipeError
+
+MAX_YAML_BYTES = 1 << 20
+
+
+class StrictModel(BaseModel):
+    """Frozen, no unknown keys, no silent conversion (YAML's `1e-4` is a string and is refused)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(StrictModel):
+    """Where the pictures come from."""
+
+    train_data_dir: str = Field("data/emoji/data/noto/train.parquet", description="parquet file or folder, or image folder with captions")
+    image_column: str = "image"
+    caption_column: str = "caption"
+    keywords_column: str | None = None
+    concept_column: str | None = Field(None, description="rows are drawn with weight 1 / (rows of the same concept)")
+    exclude_columns: tuple[str, ...] = Field((), description="boolean columns; rows where one is true are left out")
+    resolution: int = Field(64, ge=8)
+    random_flip: bool = False
+    max_train_samples: int | None = Field(None, ge=1)
+
+
+class OptimConfig(StrictModel):
+    """AdamW, warm-up and decay counted in optimiser steps."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_steps: int = Field(100, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.99, ge=0, lt=1)
+    adam_weight_decay: float = Field(0.01, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class TrainConfig(StrictModel):
+    """What every training run needs; the run configs of the scripts extend it."""
+
+    output_dir: str
+    seed: int = Field(0, ge=0)
+    max_train_steps: int = Field(1000, ge=1)
+    train_batch_size: int = Field(32, ge=1, description="pictures per process and forward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    use_ema: bool = True
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    checkpointing_steps: int = Field(500, ge=1)
+    checkpoints_total_limit: int = Field(2, ge=2)
+    resume_from_checkpoint: str | None = Field(None, description="latest | auto | a checkpoint folder")
+    allow_config_change: bool = Field(False, description="resume although harmless values of the config differ")
+    validation_steps: int = Field(500, ge=1)
+    max_nonfinite_steps: int = Field(10, ge=1, description="stop after so many steps in a row with NaN or infinity")
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    num_threads: int | None = Field(None, ge=1, description="CPU threads per process; None leaves it to torch")
+
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+
+
+def _depth(value: Any, limit: int = 16) -> int:
+    if limit == 0 or not isinstance(value, (dict, list)):
+        return 1
+    children = value.values() if isinstance(value, dict) else value
+    return 1 + max((_depth(child, limit - 1) for child in children), default=0)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping of sane size, without aliases (an alias bomb is small on disk and huge when walked).
+
+    Raises: LdmPipeError naming the file.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MAX_YAML_BYTES:
+            raise LdmPipeError(f"larger than {MAX_YAML_BYTES} bytes", str(path), "This is not a run config.")
+        if any(isinstance(event, yaml.events.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise LdmPipeError("YAML aliases (*name) are not allowed in a run config", str(path), "Write the value out.")
+        value = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise LdmPipeError("the file does not exist", str(path)) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise LdmPipeError(f"cannot be read as YAML ({error})", str(path)) from None
+    if not isinstance(value, dict) or _depth(value) > 8:
+        raise LdmPipeError("a run config is a mapping of at most 8 levels", str(path))
+    return value
+
+
+def _listed(error: pydantic.ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        came = item.get("input")
+        hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(came, str) and "e" in came and _is_number(came) else ""
+        lines.append(f"{key}: {item['msg']}, got {came!r}{hint}")
+    return "; ".join(lines)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def build_config(model: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
+    """Check a mapping against a config model.
+
+    Raises: LdmPipeError listing every bad key with its path, what came and what is allowed.
+    """
+    try:
+        return model.model_validate(_tuples(values))
+    except pydantic.ValidationError as error:
+        raise LdmPipeError(_listed(error), where, "See the config class for the keys it knows.") from None
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def parse_config(model: type[ConfigT], argv: Sequence[str], description: str) -> ConfigT:
+    """Read `--config file.yaml` and let any value be overridden by a flag (`--optim.learning_rate 1e-4`, `--seed 3`).
+
+    Raises: LdmPipeError for a bad file; a bad flag ends the process with tyro's explanation.
+    """
+    import tyro
+
+    rest, path = list(argv), None
+    if "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 >= len(rest):
+            raise LdmPipeError("--config needs a file", "command line")
+        path = rest[at + 1]
+        del rest[at : at + 2]
+    if path is None:
+        return tyro.cli(model, args=rest, description=description, use_underscores=True)
+    default = build_config(model, read_yaml(path), path)
+    return tyro.cli(model, default=default, args=rest, description=description, use_underscores=True)
+
+
+def dump_config(config: StrictModel) -> str:
+    """Write the resolved config as YAML that `parse_config` reads back to the same value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+# May change between save and resume without changing the shape of the run's mathematics.
+HARMLESS = frozenset({
+    "output_dir", "resume_from_checkpoint", "allow_config_change", "checkpointing_steps", "checkpoints_total_limit",
+    "validation_steps", "report_to", "num_threads", "torch_compile", "gradient_checkpointing", "max_nonfinite_steps",
+})  # fmt: skip
+
+
+def config_changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """List the differences of two resolved configs as `key: saved -> now`, harmless keys left out."""
+    lines: list[str] = []
+    for key in sorted(saved.keys() | now.keys()):
+        name = f"{path}{key}"
+        a, b = saved.get(key), now.get(key)
+        if name in HARMLESS or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += config_changes(a, b, f"{name}.")
+        else:
+            lines.append(f"{name}: {a!r} -> {b!r}")
+    return lines
