@@ -72,7 +72,8 @@ def choose_steps(pipe: LatentDiffusionPipeline, request: Request) -> Steps:
     """
     if request.timesteps is None:
         grid = samplers.get(request.sampler).grid
-        steps = pipe.schedule.steps(request.num_steps, spacing=request.spacing, grid=grid)
+        final = pipe.schedule.final(request.sampler)
+        steps = pipe.schedule.steps(request.num_steps, spacing=request.spacing, grid=grid, final=final)
     else:
         t = torch.tensor(request.timesteps, dtype=torch.float64)
         alpha, sigma = pipe.schedule.alpha_sigma(t)

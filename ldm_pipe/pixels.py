@@ -42,7 +42,7 @@ def load_images(value: Any, size: tuple[int, int] | None = None) -> Tensor:
             picture = picture.resize((size[1], size[0]), pil.Resampling.LANCZOS)
         return torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)[None]  # (1, 3, H, W)
 
-    return _load("image", value, 3, from_pil, size)
+    return _load("image", value, 3, from_pil, size).contiguous()
 
 
 def load_masks(value: Any, size: tuple[int, int] | None = None) -> Tensor:
@@ -99,7 +99,7 @@ def _from_array(name: str, value: Any, channels: int) -> Tensor:
             raise LdmPipeError(f"{name}: an array of {array.dtype}", how_to_fix=f"give {IMAGE_KINDS}")
         array = array[..., None] if array.ndim == 2 and channels == 1 else array
         array = array[None] if array.ndim == 3 else array
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.from_numpy(np.array(array))  # a copy: it may be read-only
         tensor = tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
     else:
         raise LdmPipeError(f"{name} is a {type(value).__name__}", how_to_fix=f"give {IMAGE_KINDS}")

@@ -280,14 +280,14 @@ def _check_pictures(
 
     inpainting = given["mask_image"] is not None
     strength = real_number("strength", _default(given["strength"], 1.0 if inpainting else 0.8), 0.0, 1.0)
+    if not inpainting and pipe.unet.config.in_channels != pipe.autoencoder.latent_channels:
+        what = f"the U-Net takes {pipe.unet.config.in_channels} channels: it paints into pictures"
+        raise LdmPipeError(what, how_to_fix="give image and mask_image")
     if given["image"] is None:
         if inpainting:
             raise LdmPipeError("mask_image without image", how_to_fix="give the picture to paint into as image")
         if given["strength"] is not None:
             _ignored("strength", "it needs an image")
-        if pipe.unet.config.in_channels != pipe.autoencoder.latent_channels:
-            what = f"the U-Net takes {pipe.unet.config.in_channels} channels: it paints into pictures"
-            raise LdmPipeError(what, how_to_fix="give image and mask_image")
         return None, None, 1.0
     size = None
     if given["height"] is not None or given["width"] is not None:

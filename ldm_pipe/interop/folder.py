@@ -226,6 +226,7 @@ def write_folder(
         parts.unet.save_pretrained(staging / "unet", variant=variant, dtype=dtype)
         foldable(parts.autoencoder).save_pretrained(staging / "vae", variant=variant, dtype=dtype)
         text_encoder.save_pretrained(staging / "text_encoder", variant=variant, dtype=dtype)
+        _state_dtype(staging / "text_encoder" / "config.json")
         tokenizer.save_pretrained(staging / "tokenizer")
         atomic_write(staging / "scheduler" / "scheduler_config.json", _json(scheduler))
         atomic_write(staging / "model_index.json", _json(_index(parts, str(scheduler["_class_name"]))))
@@ -239,6 +240,13 @@ def write_folder(
         raise LdmPipeError(f"cannot be written ({error.strerror or error})", str(target), "Choose another folder.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _state_dtype(path: Path) -> None:
+    """State float32 as the dtype to load in: transformers 5 would take the file's and diffusers float32 for the other parts."""
+    config = read_json(path)
+    config.pop("torch_dtype", None)
+    atomic_write(path, _json({**config, "dtype": "float32"}))
 
 
 def _umask() -> int:

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
 
 
-def model_hash(parts: Parts) -> str:
-    """Return ten hexadecimal digits that name the U-Net's weights."""
+def model_hash(parts: Parts, dtype: torch.dtype) -> str:
+    """Return ten hexadecimal digits that name the U-Net's weights, rounded to `dtype`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(parts.unet.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        digest.update(tensor.detach().to("cpu", dtype).to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:10]
 
 
@@ -49,7 +49,7 @@ def save_pipeline(
     parts = replace(pipe.parts(), name=pipe.name or target.resolve().name)
     own: dict[str, Any] = {
         "name": parts.name,
-        "model_hash": model_hash(parts),
+        "model_hash": model_hash(parts, dtype),
         "defaults": replace(parts.defaults, sampler=sampler).to_json(),
     }
     text = model_card(parts, name=parts.name, sampler=sampler, dtype=str(dtype).removeprefix("torch."), facts=card)
