@@ -8,6 +8,7 @@ diffusers' scheduler files is in schedule_config.py.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -210,9 +211,8 @@ class NoiseSchedule:
         t = torch.as_tensor(t)
         time = t.double()
         last = self.num_train_timesteps - 1
-        if t.device.type == "cpu" and not bool(
-            ((time >= 0) & (time <= last)).all()
-        ):  # elsewhere it would wait for the device
+        # on another device the check would wait for it
+        if t.device.type == "cpu" and not bool(((time >= 0) & (time <= last)).all()):
             raise LdmPipeError(f"t from {time.min():g} to {time.max():g}", how_to_fix=f"times go from 0 to {last}")
         table = self._edm.to(t.device)
         low = time.floor().clamp(0, max(last - 1, 0)).long()
@@ -255,7 +255,9 @@ class NoiseSchedule:
             case "leading":
                 return (n - 1 - i) * (last // n) + self.steps_offset
             case "linspace":
-                t = torch.linspace(0, last - 1, n, dtype=torch.float64).flip(0)[:num_steps]
+                # diffusers' single step is at t = 0; ours is where the noise is
+                t = (n - 1 - i) * ((last - 1) / (n - 1)) if n > 1 else i + last
+                t = t.clamp_max(last - 1)
                 return t if grid == "fractional" else t.round()
         raise LdmPipeError(f"unknown spacing {spacing!r}", how_to_fix=f"use one of {', '.join(get_args(Spacing))}")
 
@@ -298,8 +300,18 @@ class NoiseSchedule:
                 f"{num_steps} steps of {spacing} spacing, steps_offset {self.steps_offset}, do not fit {last} levels",
                 how_to_fix=f"use at most {last // 2} steps, or trailing spacing",
             )
-        clean = (torch.ones(1), torch.zeros(1))
-        end_alpha, end_sigma = clean if final == "clean" else self.alpha_sigma(torch.zeros(1))
+        end_alpha, end_sigma = torch.ones(1), torch.zeros(1)
+        if final == "first":
+            end_alpha, end_sigma = self.alpha_sigma(torch.zeros(1))
+            if grid == "fractional":  # who walks in EDM's frame stays in it: x / alpha
+                end_alpha, end_sigma = torch.ones(1), end_sigma / end_alpha
+        if t[0] < (last - 1) / 2:
+            warnings.warn(
+                f"{num_steps} steps of {spacing} spacing start at t = {t[0]:g} of {last - 1}, which is not noise: "
+                "use more steps, or trailing spacing",
+                UserWarning,
+                stacklevel=2,
+            )
         alpha, sigma = self.alpha_sigma(t)
         # who starts at the largest level of EDM's frame draws sigma / alpha * noise there: sigma * noise here
         init_scale = float(sigma[0]) if grid == "fractional" and spacing != "leading" else 1.0

@@ -184,44 +184,44 @@ def write(
         "steps_offset": offset,
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
     }
-    threshold = {
-        "thresholding": thresholding,
-        "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
-        "sample_max_value": sample_max_value,
-    }
-    final = "sigma_min" if schedule.final(sampler) == "first" else "zero"
     if thresholding and sampler in ("ddim", "euler"):
         raise LdmPipeError(
-            f"thresholding with {sampler}: diffusers' {_class_name(sampler)} does something else or nothing with it",
+            f"thresholding with {sampler}: diffusers' {config['_class_name']} does something else or nothing with it",
             where,
             'use "dpmpp_2m" or "ddpm"',
         )
     if sampler == "ddpm" and schedule.final(sampler) == "first":
         raise LdmPipeError("ddpm that ends at t = 0", where, "diffusers' DDPMScheduler always ends clean")
+    threshold = {
+        "thresholding": thresholding,
+        "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
+        "sample_max_value": sample_max_value,
+    }
+    return {**config, **_sampler_keys(sampler, threshold, clean=schedule.final(sampler) == "clean")}
+
+
+def _sampler_keys(sampler: str, threshold: Mapping[str, Any], *, clean: bool) -> dict[str, Any]:
+    """Return the keys that only one class of diffusers has."""
+    clip = {"clip_sample": False, "clip_sample_range": 1.0}
+    final = {"final_sigmas_type": "zero" if clean else "sigma_min"}
     match sampler:
         case "ddim":
-            own = {**threshold, "clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": final == "zero"}
+            return {**threshold, **clip, "set_alpha_to_one": clean}
         case "ddpm":
-            own = {**threshold, "clip_sample": False, "clip_sample_range": 1.0, "variance_type": "fixed_small"}
+            return {**threshold, **clip, "variance_type": "fixed_small"}
         case "euler":
-            own = {
-                "interpolation_type": "linear",
-                "use_karras_sigmas": False,
-                "timestep_type": "discrete",
-                "final_sigmas_type": final,
-            }
-        case _:
-            own = {
-                **threshold,
-                "algorithm_type": "dpmsolver++",
-                "solver_order": 2,
-                "solver_type": "midpoint",
-                "lower_order_final": True,
-                "euler_at_final": False,
-                "use_karras_sigmas": False,
-                "final_sigmas_type": final,
-            }
-    return {**config, **own}
+            euler = {"interpolation_type": "linear", "use_karras_sigmas": False, "timestep_type": "discrete"}
+            return {**euler, **final}
+    return {
+        **threshold,
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_karras_sigmas": False,
+        **final,
+    }
 
 
 def _class_name(sampler: str) -> str:

@@ -60,9 +60,9 @@ def cfg(
         only = cond if scale == 1 else uncond
         return lambda x_t, t: denoiser(x_t, t, only)
     if cond is None or uncond is None:
-        missing = "condition" if cond is None else "unconditional condition"
+        missing = "a condition" if cond is None else "an unconditional condition"
         raise LdmPipeError(
-            f"guidance scale {scale} without a {missing}",
+            f"guidance scale {scale} without {missing}",
             where="guidance.cfg",
             how_to_fix="give both, or use scale 1 (conditional) or 0 (unconditional)",
         )

@@ -1,0 +1,84 @@
+"""Laws of the denoiser: every prediction becomes x0 at one border."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm_pipe.denoiser import Denoiser
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.process import from_x0_eps, q_sample
+from ldm_pipe.schedule import NoiseSchedule
+
+SLOTS = ("tokens", "token_mask", "pooled", "spatial", "labels")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("t", [torch.tensor([2, 300, 800]), torch.tensor(300.0)])
+def test_a_perfect_network_gives_x0(prediction: Any, t: Tensor) -> None:
+    schedule = NoiseSchedule(prediction=prediction)
+    x0, eps = normal(3, 4, 6, 6, seed=1), normal(3, 4, 6, 6, seed=2)
+    alpha, sigma = schedule.alpha_sigma(t)
+    denoiser = Denoiser(lambda x, t: from_x0_eps(prediction, x0, eps, alpha, sigma), schedule)
+    assert torch.allclose(denoiser(q_sample(x0, eps, alpha, sigma), t).x0, x0, atol=1e-5)
+
+
+def test_eps_on_a_schedule_that_reaches_alpha_0_is_refused_at_construction() -> None:
+    schedule = NoiseSchedule(prediction="v", zero_terminal_snr=True)
+    with pytest.raises(LdmPipeError, match="zero terminal SNR"):
+        Denoiser(lambda x, t: x, schedule, "eps")
+    Denoiser(lambda x, t: x, schedule)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
+def test_finite_at_alpha_0(prediction: Any) -> None:
+    schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=True)
+    x0 = Denoiser(lambda x, t: 0.5 * x, schedule)(normal(2, 3), torch.tensor(999)).x0
+    assert x0.isfinite().all()
+
+
+def test_the_condition_reaches_the_network_slot_by_slot() -> None:
+    seen: dict[str, Any] = {}
+
+    def net(x: Tensor, t: Tensor, **slots: Any) -> Tensor:
+        seen.update(slots, t=t)
+        return x
+
+    cond: Any = SimpleNamespace(**{name: object() for name in SLOTS})
+    Denoiser(net, NoiseSchedule())(normal(2, 3), torch.tensor(7, dtype=torch.float64), cond)
+    assert {name: seen[name] for name in SLOTS} == vars(cond)
+    assert seen["t"].dtype == torch.float32
+    assert float(seen["t"]) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_frame_is_float32_whatever_the_network_runs_in(dtype: torch.dtype) -> None:
+    """x0 from eps divides by alpha = 0.07: in half precision the error of x0 would be visible."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones((), dtype=dtype))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            assert x.dtype == dtype
+            return x * self.gain
+
+    schedule, x = NoiseSchedule(), normal(2, 500)
+    x0 = Denoiser(Net(), schedule)(x.to(dtype).float(), torch.tensor(999)).x0
+    alpha, sigma = schedule.alpha_sigma(999)
+    assert x0.dtype == torch.float32
+    assert torch.allclose(x0.double(), x.to(dtype).double() * (1 - sigma) / alpha, rtol=1e-3, atol=1e-4)
+
+
+def test_an_output_of_another_shape_is_refused() -> None:
+    with pytest.raises(LdmPipeError, match="shape"):
+        Denoiser(lambda x, t: x.repeat(1, 2), NoiseSchedule())(normal(2, 3), torch.tensor(5))
