@@ -1,0 +1,1 @@
+"""Numbers that say how good pictures are; pure functions of tensors. Only evaluation imports this package."""

@@ -1,0 +1,312 @@
+"""Measure a model: how well the autoencoder rebuilds drawings, and how often the right thing is drawn.
+
+    python scripts/evaluate.py autoencoder --model runs/emoji/autoencoder/vae --output runs/emoji/evaluation/autoencoder
+    python scripts/evaluate.py retrieval --guidance_scale 1 2 3 4 5 7 10 --output runs/emoji/evaluation/retrieval
+    python scripts/evaluate.py sheet --output docs/images
+
+What enters: a model (default: the one that ships) and the drawings. What leaves: `results.json` with command, model
+hash, hardware and time, sheets of pictures, a plot, and rows for docs/results.md on the standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from autoencoder import AutoencoderKL
+from autoencoder.losses import Features, perceptual_distance
+from conditioning.contrastive import ImageTower
+from ldm_pipe.commands.paths import OutputError, check_folder
+from ldm_pipe.data.cache import module_hash
+from ldm_pipe.data.dataset import Records, load_records
+from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
+from ldm_pipe.metrics.images import psnr, ssim
+from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
+from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pretrained import LdmPipeError, atomic_write
+
+NOTO = "data/emoji/data/noto"
+PLAIN = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": False}
+SEED = 0
+NUM_SHEET = 16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the three evaluations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(title="evaluations", metavar="KIND", required=True)
+    rebuild = kinds.add_parser("autoencoder", help="PSNR, SSIM and perceptual distance of reconstructions")
+    rebuild.add_argument("--model", help="autoencoder folder, or any model; default: the shipped one")
+    rebuild.add_argument("--validation_file", default=f"{NOTO}/validation.parquet", help="drawings never trained on")
+    rebuild.add_argument("--image_tower", help="folder of the perceptual network; without it no perceptual distance")
+    rebuild.add_argument("--resolution", type=int, help="side of the pictures; default: the model's")
+    rebuild.add_argument("--num_images", type=int, help="only the first so many of each set (a quick look)")
+    rebuild.set_defaults(run=run_autoencoder)
+    retrieve = kinds.add_parser("retrieval", help="how often the nearest drawing is of the right concept")
+    sheet = kinds.add_parser("sheet", help="one labelled sheet of uncurated pictures")
+    retrieve.add_argument("--num_prompts", type=int, default=200, help="captions, chosen by hash (default 200)")
+    retrieve.set_defaults(run=run_retrieval)
+    sheet.set_defaults(run=run_sheet)
+    for one in (retrieve, sheet):
+        one.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
+        one.add_argument("--num_inference_steps", type=int, help="default: the model's")
+        one.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m; default: the model's")
+        how = (
+            {"nargs": "+", "help": "one, or several to compare"}
+            if one is retrieve
+            else {"help": "default: the model's"}
+        )
+        one.add_argument("--guidance_scale", type=float, **how)  # pyright: ignore[reportArgumentType]
+    for one in (rebuild, retrieve, sheet):
+        one.add_argument("--train_file", default=f"{NOTO}/train.parquet", help="parquet file of the training drawings")
+        one.add_argument("--batch_size", type=int, default=20, help="pictures at once (default 20)")
+        one.add_argument("--device", help="default: a GPU if there is one")
+        one.add_argument("--output", required=True, type=Path, help="folder for results.json and the pictures")
+    return parser
+
+
+def hardware(device: torch.device) -> str:
+    """Describe the processor the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_results(args: argparse.Namespace, device: torch.device, facts: dict[str, Any], began: float) -> None:
+    """Write `results.json`: what was measured, and everything needed to measure it again."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    report = {
+        "command": "python " + shlex.join(sys.argv),
+        "commit": commit.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": hardware(device),
+        "seconds": round(time.perf_counter() - began, 1),
+        **facts,
+    }
+    atomic_write(args.output / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_plain(path: str) -> Records:
+    """Read the drawings that are no skin tone, gender or flag variant."""
+    return load_records(path, caption_column="caption", filters=PLAIN)
+
+
+# -- autoencoder -------------------------------------------------------------------------------------------------
+
+
+def load_autoencoder(name: str | None) -> AutoencoderKL:
+    """Load an autoencoder folder, or the autoencoder of a whole model."""
+    if name is not None and (Path(name) / "config.json").is_file():
+        return AutoencoderKL.from_pretrained(name)
+    return LatentDiffusionPipeline.from_pretrained(name).autoencoder
+
+
+@torch.no_grad()
+def rebuild(autoencoder: AutoencoderKL, image: Tensor) -> Tensor:
+    """Encode to the most likely latents and decode."""
+    return autoencoder.decode(autoencoder.encode(image.to(autoencoder.device))).clamp(-1, 1).cpu()
+
+
+def measure(
+    autoencoder: AutoencoderKL, records: Records, resolution: int, features: Features | None, batch_size: int, name: str
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """Return the mean of each metric over a set, and the first 24 originals and reconstructions in turn."""
+    values: dict[str, list[Tensor]] = {}
+    shown: list[Image.Image] = []
+    with tqdm(total=len(records), desc=name) as bar:
+        for first in range(0, len(records), batch_size):
+            rows = range(first, min(first + batch_size, len(records)))
+            image = torch.stack([to_tensor(resize(records.image(row), resolution)) for row in rows])
+            other = rebuild(autoencoder, image)
+            values.setdefault("psnr", []).append(psnr(image, other))
+            values.setdefault("ssim", []).append(ssim(image, other))
+            if features is not None:
+                with torch.no_grad():
+                    values.setdefault("perceptual", []).append(perceptual_distance(features, image, other))
+            for pair in zip(image, other, strict=True):
+                shown += [to_pil(one) for one in pair] if len(shown) < 48 else []
+            bar.update(len(rows))
+    return {key: float(torch.cat(parts).double().mean()) for key, parts in values.items()}, shown
+
+
+def run_autoencoder(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure reconstructions of the validation drawings and of the plain training drawings."""
+    began = time.perf_counter()
+    autoencoder = load_autoencoder(args.model).to(device)
+    resolution = args.resolution or int(autoencoder.config.get("sample_size") or 64)
+    if resolution < 11 or resolution % autoencoder.factor:
+        what = f"resolution is {resolution}"
+        raise LdmPipeError(what, "autoencoder", f"Use a multiple of {autoencoder.factor}, at least 11.")
+    features = ImageTower.from_pretrained(args.image_tower).features if args.image_tower else None
+    sets = {
+        "validation drawings": load_records(args.validation_file, caption_column="caption"),
+        "plain training drawings": load_plain(args.train_file),
+    }
+    results: dict[str, Any] = {}
+    print("| set | drawings | PSNR (dB) | SSIM | perceptual distance |\n|---|---|---|---|---|")
+    for name, records in sets.items():
+        records = records.select(range(min(len(records), args.num_images or len(records))))
+        metrics, shown = measure(autoencoder, records, resolution, features, args.batch_size, name)
+        results[name] = {"num_drawings": len(records), **{key: round(value, 5) for key, value in metrics.items()}}
+        distance = f"{metrics['perceptual']:.4f}" if "perceptual" in metrics else "-"
+        print(f"| {name} | {len(records)} | {metrics['psnr']:.2f} | {metrics['ssim']:.4f} | {distance} |")
+        columns = min(12, len(shown))
+        save_picture(make_grid(shown, columns), args.output / f"{name.replace(' ', '-')}.png")
+    facts = {"model": args.model, "autoencoder_hash": module_hash(autoencoder), "resolution": resolution}
+    write_results(args, device, {**facts, "results": results}, began)
+
+
+# -- pictures from prompts ---------------------------------------------------------------------------------------
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> LatentDiffusionPipeline:
+    """Load the pipeline that draws."""
+    pipe = LatentDiffusionPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def draw(
+    pipe: LatentDiffusionPipeline, prompts: list[str], args: argparse.Namespace, scale: float | None
+) -> list[Image.Image]:
+    """Draw one picture per prompt, each from the same seed: a picture does not depend on its batch."""
+    given = {"guidance_scale": scale, "num_inference_steps": args.num_inference_steps, "sampler": args.sampler}
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    pictures: list[Image.Image] = []
+    with tqdm(total=len(prompts), desc="pictures" if scale is None else f"guidance {scale:g}") as bar:
+        for first in range(0, len(prompts), args.batch_size):
+            part = prompts[first : first + args.batch_size]
+            pictures += pipe(part, seed=[SEED] * len(part), **arguments).images
+            bar.update(len(part))
+    return pictures
+
+
+def asked(records: Records, num: int) -> list[int]:
+    """Return the rows of the captions that are asked for: those with the lowest sha256 of their id."""
+    return chosen_by_hash([str(name) for name in records.column("id")], num)
+
+
+def drawing_facts(args: argparse.Namespace, pipe: LatentDiffusionPipeline) -> dict[str, Any]:
+    """Tell the model and the settings of the pictures."""
+    hashes = {name: module_hash(module) for name, module in pipe.components.items()}
+    return {
+        "model": args.model,
+        "model_hash": pipe.model_hash,
+        "hashes": hashes,
+        "seed": SEED,
+        "num_inference_steps": args.num_inference_steps or pipe.defaults.num_inference_steps or 50,
+        "sampler": args.sampler or pipe.defaults.sampler or "ddim",
+    }
+
+
+def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw what captions ask for, and look for the right concept among the drawings nearest to each picture."""
+    began = time.perf_counter()
+    records = load_plain(args.train_file)
+    rows = asked(records, args.num_prompts)
+    prompts, concepts = [records.captions[row] for row in rows], records.column("concept")
+    wanted = [concepts[row] for row in rows]
+    pipe = load_model(args, device)
+    references = torch.cat([thumbnails(to_tensor(records.image(row))[None]) for row in range(len(records))])
+    scales = sorted(set(args.guidance_scale)) if args.guidance_scale else [pipe.defaults.guidance_scale or 7.5]
+    facts = {**drawing_facts(args, pipe), "num_prompts": len(prompts), "num_drawings": len(records)}
+    results = []
+    print(f"{len(prompts)} prompts, {len(records)} drawings, {facts['sampler']}, {facts['num_inference_steps']} steps")
+    print("| guidance | top 1 | top 5 | seconds |\n|---|---|---|---|")
+    for scale in scales:
+        start = time.perf_counter()
+        pictures = draw(pipe, prompts, args, scale)
+        seconds = time.perf_counter() - start
+        vectors = torch.cat([thumbnails(to_tensor(picture)[None]) for picture in pictures])
+        ranks = concept_ranks(vectors, wanted, references, concepts)
+        first, five = hit_rate(ranks, 1), hit_rate(ranks, 5)
+        row = {"guidance_scale": scale, "top1": first, "top5": five, "seconds": round(seconds, 1)}
+        results.append({**row, "ranks": dict(zip(prompts, ranks.tolist(), strict=True))})
+        print(f"| {scale:g} | {first:.3f} | {five:.3f} | {seconds:.0f} |", flush=True)
+        save_picture(make_grid(pictures, 20), args.output / f"pictures-{scale:g}.png")
+        write_results(args, device, {**facts, "results": results}, began)
+    plot(results, args.output / "guidance.png", f"{len(prompts)} prompts, {len(records)} drawings")
+
+
+def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw both hit rates over the guidance scale."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.2))
+    scales = [row["guidance_scale"] for row in results]
+    axes.plot(scales, [row["top5"] for row in results], "s--", label="among the first five")
+    axes.plot(scales, [row["top1"] for row in results], "o-", label="first")
+    axes.set(xlabel="guidance scale", ylabel="right concept", ylim=(0, 1), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    atomic_write(path, buffer.getvalue())
+
+
+def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw the first 16 of the retrieval's captions as one labelled sheet; small pictures are enlarged."""
+    began = time.perf_counter()
+    records = load_plain(args.train_file)
+    prompts = [records.captions[row] for row in asked(records, NUM_SHEET)]
+    pipe = load_model(args, device)
+    pictures = draw(pipe, prompts, args, args.guidance_scale)
+    if pictures[0].width < 128:
+        factor = 128 // pictures[0].width
+        pictures = [p.resize((factor * p.width, factor * p.height), Image.Resampling.BICUBIC) for p in pictures]
+    path = args.output / "sheet.png"
+    save_picture(make_grid(pictures, 8, labels=prompts), path)
+    scale = args.guidance_scale or pipe.defaults.guidance_scale or 7.5
+    write_results(args, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began)
+    print(path)
+
+
+def main(argv: list[str]) -> None:
+    """Run one evaluation."""
+    args = build_parser().parse_args(argv)
+    for name in ("batch_size", "num_images", "num_prompts", "num_inference_steps"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise LdmPipeError(f"--{name} is {value}", how_to_fix="Use a whole number from 1.")
+    try:
+        check_folder(args.output)
+    except OutputError as error:
+        raise LdmPipeError(error.what, error.where, "Choose another --output.") from error
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run: Callable[[argparse.Namespace, torch.device], None] = args.run
+    run(args, device)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LdmPipeError as error:
+        sys.exit(f"error: {error}")
