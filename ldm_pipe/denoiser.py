@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import to_x0
@@ -49,9 +49,9 @@ Denoise = Callable[[Tensor, Tensor], Denoised]
 
 def parameter_dtype(module: object, default: torch.dtype) -> torch.dtype:
     """Return the dtype a module computes in, or `default` for what has no parameters."""
-    parameters = getattr(module, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return default if first is None else first.dtype
+    if not isinstance(module, nn.Module):
+        return default
+    return next((parameter.dtype for parameter in module.parameters()), default)
 
 
 class Denoiser:
