@@ -158,7 +158,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check = commands.add_parser("check", help="report bad, doubled, uncaptioned and odd pictures before training")
     _add_common(check)
-    check.add_argument("folder")
+    check.add_argument("folder", help="folder with metadata.jsonl, captions in .txt files, or parquet; or one parquet file")
+    check.add_argument("--split", default="train")
+    check.add_argument("--image-column", default="image")
+    check.add_argument("--caption-column", default="text")
+    check.add_argument("--min-side", type=int, default=64, help="pictures with a shorter side are called tiny")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_run_data_check)
 

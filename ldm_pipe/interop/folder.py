@@ -8,12 +8,13 @@ for. Class names are looked up in the fixed lists below; nothing in a folder can
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ldm_pipe.unet import UNet
 SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
 FORMAT_VERSION = 1
 OWN_FILE = "ldm_pipe.json"
+RUN_PIPELINE = "pipeline"  # the folder inside a training run
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 PARTS = {
     "unet": ("UNet2DConditionModel",),
@@ -80,7 +82,7 @@ def find_folder(
         patterns += [f"{part}/config.json", f"{part}/{file}{dot}.safetensors", f"{part}/{file}{dot}-*.safetensors"]
         patterns += [f"{part}/{file}.safetensors.index{dot}.json"]
     root = resolve_folder(name, local_files_only=local_files_only, revision=revision, allow_patterns=patterns)
-    for place in (root, root / "pipeline"):
+    for place in (root, root / RUN_PIPELINE):
         if (place / "model_index.json").is_file():
             return place
     present = sorted(p.name for p in root.iterdir())[:12]
@@ -141,14 +143,17 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
     defaults = Defaults.read(own.get("defaults", {}), str(root / OWN_FILE))
     if defaults.sampler is None:
         defaults = replace(defaults, sampler=SAMPLERS.get(str(scheduler.get("_class_name"))))
+    common: dict[str, Any] = {"dtype": dtype, "variant": variant}
+    with _config_errors(root / "unet"):
+        unet = UNet.from_pretrained(root / "unet", **common)
+    with _config_errors(root / "vae"):
+        autoencoder = AutoencoderKL.from_pretrained(root / "vae", **common)
+    with _config_errors(root / "text_encoder"):
+        text_encoder = CLIPTextEncoder.from_pretrained(root / "text_encoder", tokenizer=root / "tokenizer", **common)
     parts = Parts(
-        unet=UNet.from_pretrained(root / "unet", dtype=dtype, variant=variant),
-        autoencoder=AutoencoderKL.from_pretrained(root / "vae", dtype=dtype, variant=variant),
-        text_encoders=(
-            CLIPTextEncoder.from_pretrained(
-                root / "text_encoder", tokenizer=root / "tokenizer", dtype=dtype, variant=variant
-            ),
-        ),
+        unet=unet,
+        autoencoder=autoencoder,
+        text_encoders=(text_encoder,),
         schedule=NoiseSchedule.from_config(scheduler),
         defaults=defaults,
         golden=own.get("golden_sample"),
@@ -157,6 +162,16 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
     )
     check_fit(parts, str(root))
     return parts
+
+
+@contextlib.contextmanager
+def _config_errors(part: Path) -> Iterator[None]:
+    """Turn what a senseless config makes torch and Python raise (sizes of 2^31, text for numbers) into one clear error."""
+    try:
+        yield
+    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, MemoryError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise LdmPipeError(f"cannot be built from its config: {reason}", str(part), "Fetch or export the folder anew.") from error
 
 
 def check_fit(parts: Parts, where: str = "pipeline") -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ldm_pipe.golden import golden_sample
 from ldm_pipe.interop.card import model_card
-from ldm_pipe.interop.folder import Parts, load_parts, write_folder
+from ldm_pipe.interop.folder import RUN_PIPELINE, Parts, load_parts, write_folder
 from ldm_pipe.pretrained import LdmPipeError
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def save_pipeline(
     if target.exists() and not target.is_dir():
         raise LdmPipeError("is a file, not a folder", str(target), "Choose another folder.")
     sampler = sampler or pipe.defaults.sampler or "ddim"
-    parts = replace(pipe.parts(), name=pipe.name or target.resolve().name)
+    place = target.resolve()
+    parts = replace(pipe.parts(), name=pipe.name or (place.parent.name if place.name == RUN_PIPELINE else place.name))
     own: dict[str, Any] = {
         "name": parts.name,
         "model_hash": model_hash(parts, dtype),
