@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import guidance, samplers, thresholding
+from ldm_pipe import samplers, thresholding
 from ldm_pipe.denoiser import Denoiser
+from ldm_pipe.guidance.classifier_free import rescale_std
 from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import NoiseSchedule
@@ -169,7 +170,7 @@ def test_rescale_equals_diffusers() -> None:
 
     generator = torch.Generator().manual_seed(1)
     out, text = torch.randn(SHAPE, generator=generator) * 3, torch.randn(SHAPE, generator=generator)
-    mine = guidance.classifier_free.rescale_std(out, text, 0.7)
+    mine = rescale_std(out, text, 0.7)
     assert difference(mine, rescale_noise_cfg(out, text, 0.7)) < 1e-6
 
 

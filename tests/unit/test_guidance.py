@@ -11,6 +11,7 @@ from torch import Tensor
 from conditioning import Condition
 from ldm_pipe import guidance
 from ldm_pipe.denoiser import Denoiser
+from ldm_pipe.guidance.classifier_free import rescale_std
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import NoiseSchedule
 
@@ -72,8 +73,10 @@ def test_a_time_per_sample_is_doubled_with_the_batch() -> None:
     t = torch.tensor([10.0, 400.0, 990.0])
     together = guidance.cfg(denoiser, cond, uncond, 3.0)(x, t).x0
     for i in range(3):
-        one = [Condition(tokens=c.tokens[i : i + 1]) for c in (cond, uncond) if c.tokens is not None]
-        assert torch.allclose(guidance.cfg(denoiser, *one, 3.0)(x[i : i + 1], t[i]).x0[0], together[i], atol=1e-5)
+        given, without = (Condition(tokens=c.tokens[i : i + 1]) for c in (cond, uncond) if c.tokens is not None)
+        assert torch.allclose(
+            guidance.cfg(denoiser, given, without, 3.0)(x[i : i + 1], t[i]).x0[0], together[i], atol=1e-5
+        )
 
 
 def test_rescale_1_gives_each_sample_the_spread_of_the_conditional_prediction() -> None:
@@ -92,7 +95,7 @@ def test_rescale_is_linear_in_its_strength() -> None:
 
 
 def test_rescaling_a_constant_prediction_is_not_nan() -> None:
-    out = guidance.classifier_free.rescale_std(torch.full((1, 4), 2.0), torch.full((1, 4), 1.0), 0.7)
+    out = rescale_std(torch.full((1, 4), 2.0), torch.full((1, 4), 1.0), 0.7)
     assert out.tolist() == [[2.0] * 4]
 
 
