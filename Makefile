@@ -18,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 INPUTS := pyproject.toml constraints.txt
 UV := $(shell command -v uv 2>/dev/null)
 ifeq ($(UV),)
-  INSTALL := $(BIN)/python -m pip install -q -c constraints.txt -e
+  INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt -e
 else
   INSTALL := uv pip install -q --python $(BIN)/python -c constraints.txt -e
 endif
