@@ -201,7 +201,9 @@ class AutoencoderKL(PretrainedModule):
         # A CPU has no fast path for float16.
         upcast = self.dtype == torch.float16 and (self._fields.force_upcast or x.device.type == "cpu")
         dtype = torch.float32 if upcast else self.dtype
-        y = self._in_slices(build(dtype), x.to(dtype))
+        if not torch.is_grad_enabled():  # pays for the convolutions, not for their gradients (measured on a CPU)
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = self._in_slices(build(dtype), x.to(dtype)).contiguous()
         if self.training or bool(torch.isfinite(y).all()):
             return y
         if not bool(torch.isfinite(x).all()):
@@ -211,7 +213,7 @@ class AutoencoderKL(PretrainedModule):
             raise LdmPipeError("NaN or infinity in the output, in float32", what, "The weights are damaged.")
         warnings.warn(f"{what} overflowed in {y.dtype}; computing it again in float32", stacklevel=3)
         with torch.autocast(x.device.type, enabled=False):
-            y = self._in_slices(build(torch.float32), x.float())
+            y = self._in_slices(build(torch.float32), x.float()).contiguous()
         if not bool(torch.isfinite(y).all()):
             raise LdmPipeError("NaN or infinity in the output, in float32 too", what, "The weights are damaged.")
         return y
