@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +36,7 @@ from ldm_pipe.metrics.images import psnr, ssim
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
+from ldm_pipe.training.environment import git_commit, hardware
 
 NOTO = "data/emoji/data/noto"
 PLAIN = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": False}
@@ -79,22 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def hardware(device: torch.device) -> str:
-    """Describe the processor the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def write_results(args: argparse.Namespace, device: torch.device, facts: dict[str, Any], began: float) -> None:
     """Write `results.json`: what was measured, and everything needed to measure it again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "command": "python " + shlex.join(sys.argv),
-        "commit": commit.stdout.strip() or None,
+        "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": hardware(device),
         "seconds": round(time.perf_counter() - began, 1),

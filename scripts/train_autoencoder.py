@@ -19,6 +19,7 @@ from ldm_pipe.data.images import make_grid, to_pil
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.autoencoder import AutoencoderConfig, autoencoder_parts, latent_statistics
 from ldm_pipe.training.config import parse_config
+from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.loop import Trainer
 from ldm_pipe.training.pictures import PictureSource, drawing_weights, open_records
 from ldm_pipe.training.rng import generator
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
     config = parse_config(AutoencoderConfig, argv, "Train the autoencoder (first stage).")
     records = open_records(config.data)
     pictures = PictureSource(records, config.data.resolution)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process_device()
     autoencoder = build_autoencoder(config).to(device)
     discriminator = None
     if config.objective.adversarial_weight > 0:

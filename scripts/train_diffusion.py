@@ -26,6 +26,7 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import NoiseSchedule, Prediction
 from ldm_pipe.training.config import parse_config
 from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, diffusion_loss
+from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.loop import Part, Trainer
 from ldm_pipe.training.pictures import drawing_weights, open_records
 from ldm_pipe.training.rng import generator
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     """Run one training."""
     config = parse_config(DiffusionConfig, argv, "Train the diffusion model (second stage).")
     records = open_records(config.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process_device()
     autoencoder = AutoencoderKL.from_pretrained(config.autoencoder, device=device).requires_grad_(False)
     text_encoder = CLIPTextEncoder.from_pretrained(config.text_encoder, device=device).requires_grad_(False)
     schedule = build_schedule(config)

@@ -1,1 +1,1 @@
-"""What the training scripts share: run configs, exact checkpoints, EMA and the loop. It never samples or reads pictures."""
+"""What the training scripts share: run configs, exact checkpoints, EMA and the loop. It never samples a picture."""

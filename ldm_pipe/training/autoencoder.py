@@ -1,7 +1,7 @@
 """The autoencoder task: pictures in, the losses of the autoencoder and of its discriminator out.
 
-What enters: a picture source, networks and an optional perceptual network. What leaves: two `Part`s for the trainer, and
-the latent statistics measured after training. It knows no files and no optimiser.
+What enters: a picture source, networks and an optional perceptual network. What leaves: two `Part`s for the trainer,
+and the latent statistics measured after training. It knows no files and no optimiser.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class AutoencoderConfig(TrainConfig):
 
     network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    perceptual: str | None = Field("runs/emoji/clip/image_tower", description="folder of the perceptual network; null: none")
+    perceptual: str | None = Field(
+        "runs/emoji/clip/image_tower", description="folder of the perceptual network; null: none"
+    )
     discriminator_width: int = Field(32, ge=1)
     discriminator_layers: int = Field(2, ge=1)
     discriminator_optim: OptimConfig = OptimConfig()

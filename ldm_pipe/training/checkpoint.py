@@ -19,15 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_pipe.pretrained import LdmPipeError, atomic_write, load_tensors, read_json, save_tensors, sync_folder
+from ldm_pipe.pretrained import (
+    LdmPipeError,
+    atomic_write,
+    load_tensors,
+    read_json,
+    safe_child,
+    save_tensors,
+    sync_folder,
+)
 
 FORMAT = 1
 PREFIX = "checkpoint-"
+ASIDE = ".tmp-old"
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_sha256(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_sha256(file)
+        )
 
 
 def _slow_sha256(file: Any) -> str:
@@ -56,9 +67,12 @@ def save_checkpoint(
     run_folder.mkdir(parents=True, exist_ok=True)
     need, free = _needed_bytes(groups) + (1 << 20), shutil.disk_usage(run_folder).free
     if need > free:
-        raise LdmPipeError(f"no room for a checkpoint: {need} bytes needed, {free} free", str(run_folder), "Free space.")
+        raise LdmPipeError(
+            f"no room for a checkpoint: {need} bytes needed, {free} free", str(run_folder), "Free space."
+        )
     final = run_folder / f"{PREFIX}{step}"
     staged = run_folder / f".tmp-{step}-{os.getpid()}"
+    aside = run_folder / f"{ASIDE}{step}-{os.getpid()}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir()
@@ -67,21 +81,34 @@ def save_checkpoint(
         atomic_write(staged / "state.json", json.dumps({**state, "step": step}, indent=1, sort_keys=True))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staged.iterdir())}
         atomic_write(staged / "manifest.json", json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-        if final.exists():  # this step was written before: set it aside first, the one before it stays whole
-            os.replace(final, run_folder / f".tmp-old{step}-{os.getpid()}")
+        if final.exists():  # this step was written before; `list_checkpoints` still finds it when it is set aside
+            os.replace(final, aside)
         os.replace(staged, final)
-        shutil.rmtree(run_folder / f".tmp-old{step}-{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         sync_folder(run_folder)
     except OSError as error:
-        raise LdmPipeError(f"checkpoint not written ({error})", str(final), "Older checkpoints are untouched.") from error
+        raise LdmPipeError(
+            f"checkpoint not written ({error})", str(final), "Older checkpoints are untouched."
+        ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    _prune(run_folder, max(keep, 2))
+    _prune(run_folder, step, max(keep, 2))
     return final
 
 
-def _prune(run_folder: Path, keep: int) -> None:
-    for old in list_checkpoints(run_folder)[:-keep]:
+def step_of(folder: Path) -> int:
+    """Return the step in the name `checkpoint-<step>` or `.tmp-old<step>-<pid>`, or -1."""
+    name = folder.name
+    digits = name[len(ASIDE) :].split("-")[0] if name.startswith(ASIDE) else name[len(PREFIX) :]
+    return int(digits) if digits.isascii() and digits.isdigit() else -1
+
+
+def _prune(run_folder: Path, step: int, keep: int) -> None:
+    """Remove what lies before the last `keep` checkpoints up to this step; later ones are never counted or touched.
+
+    A damaged later checkpoint may stand beside the whole one that the run fell back to.
+    """
+    for old in [p for p in list_checkpoints(run_folder) if step_of(p) <= step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     for stale in run_folder.glob(".tmp-*"):
         pid = stale.name.rsplit("-", 1)[-1]
@@ -90,9 +117,15 @@ def _prune(run_folder: Path, keep: int) -> None:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the checkpoint folders that carry a manifest, oldest first (not yet verified)."""
-    found = [p for p in run_folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit() and (p / "manifest.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]))
+    """Return the checkpoint folders that carry a manifest, oldest first (not yet verified).
+
+    One that was set aside by a process that ended before its replacement was in place counts too.
+    """
+    found: dict[int, Path] = {}
+    for folder in (*run_folder.glob(f"{ASIDE}*"), *run_folder.glob(f"{PREFIX}*")):
+        if step_of(folder) >= 0 and (folder / "manifest.json").is_file():
+            found[step_of(folder)] = folder
+    return [found[step] for step in sorted(found)]
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -101,13 +134,16 @@ def verify_checkpoint(folder: Path) -> None:
     Raises: LdmPipeError naming the first file that is missing, of another size or of another sha256.
     """
     manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise LdmPipeError("the manifest is damaged", str(folder))
     if manifest.get("format") != FORMAT:
         raise LdmPipeError(f"checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}", str(folder))
     for name, facts in manifest["files"].items():
-        path = folder / name
+        path = safe_child(folder, name, str(folder))
         if not path.is_file():
             raise LdmPipeError(f"{name} is missing", str(folder))
-        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+        facts = facts if isinstance(facts, dict) else {}
+        if path.stat().st_size != facts.get("bytes") or _sha256(path) != facts.get("sha256"):
             raise LdmPipeError(f"{name} is damaged (size or sha256 differs from the manifest)", str(folder))
 
 
@@ -115,7 +151,7 @@ def find_checkpoint(run_folder: Path, which: str) -> Path | None:
     """Choose the checkpoint to resume from: always a whole one.
 
     Args:
-        which: "latest" (newest whole one, an error if there is none), "auto" (the same, None if there is none) or a path.
+        which: "latest" (newest whole one, an error if there is none), "auto" (the same, else None) or a path.
     """
     if which not in ("latest", "auto"):
         folder = Path(which)
@@ -129,7 +165,9 @@ def find_checkpoint(run_folder: Path, which: str) -> Path | None:
             warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
     if which == "auto":
         return None
-    raise LdmPipeError("no whole checkpoint to resume from", str(run_folder), "Use --resume_from_checkpoint auto to start.")
+    raise LdmPipeError(
+        "no whole checkpoint to resume from", str(run_folder), "Use --resume_from_checkpoint auto to start."
+    )
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -171,7 +209,7 @@ def _alive(pid: int) -> bool:
 
 
 class RunLock:
-    """One writer per run folder: a lock file with pid and host; the lock of a dead process on this host is taken over."""
+    """One writer per run folder: a lock file with pid and host; that of a dead process on this host is taken over."""
 
     def __init__(self, run_folder: Path) -> None:
         """Take the lock, or raise LdmPipeError naming its holder."""
@@ -186,13 +224,17 @@ class RunLock:
             except FileExistsError:
                 self._remove_if_stale()
             except OSError as error:
-                raise LdmPipeError(f"cannot be written ({error.strerror})", str(run_folder), "Choose another folder.") from error
+                raise LdmPipeError(
+                    f"cannot be written ({error.strerror})", str(run_folder), "Choose another folder."
+                ) from error
         raise LdmPipeError("another process took the lock at the same moment", str(run_folder))
 
     def _remove_if_stale(self) -> None:
         try:
             holder = json.loads(self.path.read_text(encoding="utf-8") or "{}")
         except (OSError, json.JSONDecodeError):
+            holder = {}
+        if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
             holder = {}
         same_host = holder.get("host") == socket.gethostname()
         if holder and (not same_host or _alive(int(holder["pid"]))) and holder.get("pid") != os.getpid():

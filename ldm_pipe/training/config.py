@@ -28,7 +28,9 @@ class StrictModel(BaseModel):
 class DataConfig(StrictModel):
     """Where the pictures come from."""
 
-    train_data_dir: str = Field("data/emoji/data/noto/train.parquet", description="parquet file or folder, or image folder with captions")
+    train_data_dir: str = Field(
+        "data/emoji/data/noto/train.parquet", description="parquet file or folder, or image folder with captions"
+    )
     image_column: str = "image"
     caption_column: str = "caption"
     keywords_column: str | None = None
@@ -98,7 +100,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if len(text) > MAX_YAML_BYTES:
             raise LdmPipeError(f"larger than {MAX_YAML_BYTES} bytes", str(path), "This is not a run config.")
         if any(isinstance(event, yaml.events.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise LdmPipeError("YAML aliases (*name) are not allowed in a run config", str(path), "Write the value out.")
+            raise LdmPipeError(
+                "YAML aliases (*name) are not allowed in a run config", str(path), "Write the value out."
+            )
         value = yaml.safe_load(text)
     except FileNotFoundError:
         raise LdmPipeError("the file does not exist", str(path)) from None
@@ -114,7 +118,11 @@ def _listed(error: pydantic.ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         came = item.get("input")
-        hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(came, str) and "e" in came and _is_number(came) else ""
+        hint = (
+            " (YAML reads 1e-4 as text: write 1.0e-4)"
+            if isinstance(came, str) and "e" in came and _is_number(came)
+            else ""
+        )
         lines.append(f"{key}: {item['msg']}, got {came!r}{hint}")
     return "; ".join(lines)
 
@@ -151,7 +159,7 @@ def parse_config(model: type[ConfigT], argv: Sequence[str], description: str) ->
     """
     import tyro
 
-    rest, path = list(argv), None
+    rest, path = [part for word in argv for part in _split_config(word)], None
     if "--config" in rest:
         at = rest.index("--config")
         if at + 1 >= len(rest):
@@ -162,6 +170,10 @@ def parse_config(model: type[ConfigT], argv: Sequence[str], description: str) ->
         return tyro.cli(model, args=rest, description=description, use_underscores=True)
     default = build_config(model, read_yaml(path), path)
     return tyro.cli(model, default=default, args=rest, description=description, use_underscores=True)
+
+
+def _split_config(word: str) -> list[str]:
+    return ["--config", word[len("--config=") :]] if word.startswith("--config=") else [word]
 
 
 def dump_config(config: StrictModel) -> str:

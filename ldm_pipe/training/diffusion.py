@@ -30,7 +30,9 @@ class UNetConfig(StrictModel):
     down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = Field((3, 6, 9), description="number of heads per level (diffusers' misnomer)")
+    attention_head_dim: int | tuple[int, ...] = Field(
+        (3, 6, 9), description="number of heads per level (diffusers' misnomer)"
+    )
     use_linear_projection: bool = True
     norm_num_groups: int = 32
 
@@ -53,7 +55,9 @@ class DiffusionConfig(TrainConfig):
     cache_dir: str = Field("runs/cache", description="latents and text embeddings are computed once and kept here")
     unet: UNetConfig = UNetConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty prompt, for guidance")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of captions replaced by the empty prompt, for guidance"
+    )
     num_caption_variants: int = Field(8, ge=1, description="captions per picture mixed from its name and keywords")
     snr_gamma: float | None = Field(5.0, gt=0, description="min-SNR weighting; null is L_simple")
     noise_offset: float = Field(0.0, ge=0)
@@ -129,7 +133,9 @@ def diffusion_loss(
         alpha, sigma = (c.to(device) for c in schedule.alpha_sigma(t))
         x_t = q_sample(x0, eps, alpha, sigma)
         output = net(x_t, t.to(device), tokens=tokens)
-        weight = None if config.snr_gamma is None else objectives.min_snr_weight(prediction, alpha, sigma, config.snr_gamma)
+        weight = (
+            None if config.snr_gamma is None else objectives.min_snr_weight(prediction, alpha, sigma, config.snr_gamma)
+        )
         wanted = objectives.target(prediction, x0, eps, alpha, sigma)
         return objectives.squared_error(output, wanted, weight).mean(), {}
 

@@ -20,7 +20,7 @@ def ema_decay_at(step: int, decay: float) -> float:
 
 
 class Ema:
-    """An fp32 shadow of a module's floating-point state; its warm-up is a function of the step, so nothing else is state."""
+    """An fp32 shadow of a module's floating-point state; its warm-up is a function of the step: no further state."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         """Start from the module's present weights."""
@@ -54,7 +54,7 @@ class Ema:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Put the averaged weights into the module for the block, and the trained ones back afterwards, whatever happens."""
+        """Put the averaged weights into the module for the block, and the trained ones back, whatever happens."""
         live = dict(self._floats(module))
         kept = {name: tensor.detach().clone() for name, tensor in live.items()}
         try:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +25,18 @@ from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.training.checkpoint import (
     RunLock,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    step_of,
 )
 from ldm_pipe.training.config import OptimConfig, TrainConfig, config_changes, dump_config
 from ldm_pipe.training.ema import Ema
+from ldm_pipe.training.environment import describe_environment
+from ldm_pipe.training.optim import lr_at, make_optimizer
+from ldm_pipe.training.stop import StopSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,54 +65,6 @@ class Part:
     ema_decay: float | None = None
     start_step: int = 0  # the part rests before this step
     clip: bool = True
-
-
-def lr_at(step: int, config: OptimConfig, max_train_steps: int) -> float:
-    """Return the learning rate of optimiser step `step` (0-based), whatever the processes or accumulation.
-
-        warm-up: lr (step + 1) / warmup;   then u = (step - warmup) / (max - warmup):
-        constant lr,   linear lr (1 - u),   cosine lr (1 + cos(pi u)) / 2
-    """
-    if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    u = min(1.0, (step - config.lr_warmup_steps) / max(1, max_train_steps - config.lr_warmup_steps))
-    match config.lr_scheduler:
-        case "constant":
-            return config.learning_rate
-        case "linear":
-            return config.learning_rate * (1 - u)
-        case "cosine":
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * u))
-
-
-def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases and norm weights are not decayed."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.adam_weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, foreach=True)
-
-
-class StopSignal:
-    """Turn SIGTERM and SIGINT into a wish to stop after this step; the second one ends the process at once."""
-
-    def __init__(self) -> None:
-        """Install the handlers (main thread only)."""
-        self.wanted = False
-        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted:
-            os._exit(128 + number)
-        self.wanted = True
-
-    def restore(self) -> None:
-        """Put the old handlers back."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -144,13 +99,19 @@ class Trainer:
         self.validate, self.save_result = validate, save_result
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.accelerator: Accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+        self.accelerator: Accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
+        )
         self.folder = Path(config.output_dir)
         self.is_main: bool = self.accelerator.is_main_process
-        self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        self.global_batch = (
+            config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        )
         self.order = DataOrder(num_items, self.global_batch, config.seed, weights)
         self.raw = {part.name: part.module for part in parts}
-        self.ema = {p.name: Ema(p.module.to(self.accelerator.device), p.ema_decay) for p in parts if p.ema_decay is not None}
+        self.ema = {
+            p.name: Ema(p.module.to(self.accelerator.device), p.ema_decay) for p in parts if p.ema_decay is not None
+        }
         self.optimizers = {part.name: make_optimizer(part.module, part.optim) for part in parts}
         for part in parts:
             self._prepare(part)
@@ -186,7 +147,9 @@ class Trainer:
                 "skipped": self.skipped,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             }
-            save_checkpoint(self.folder, self.step, self._groups(), state, keep=self.config.checkpoints_total_limit)
+            groups = self._groups()
+            _refuse_nonfinite(groups, str(self.folder))
+            save_checkpoint(self.folder, self.step, groups, state, keep=self.config.checkpoints_total_limit)
             if self.save_result:
                 self.with_ema(self.save_result)
         self.accelerator.wait_for_everyone()
@@ -205,18 +168,39 @@ class Trainer:
             what = "the config differs from the checkpoint's: " + "; ".join(changes)
             raise LdmPipeError(what, str(folder), "Use the saved config, or --allow_config_change if you are sure.")
         if state["fingerprint"] != self.fingerprint:
-            raise LdmPipeError("the data set changed since the checkpoint was written", str(folder), "Restore the data.")
+            raise LdmPipeError(
+                "the data set changed since the checkpoint was written", str(folder), "Restore the data."
+            )
         if state["global_batch"] != self.global_batch:
             what = f"the global batch is {self.global_batch}, the checkpoint's was {state['global_batch']}"
-            raise LdmPipeError(what, str(folder), "Choose batch size x accumulation x processes to give the same product.")
-        for name, module in self.raw.items():
-            module.load_state_dict(groups[name], strict=True)
-            restore_optimizer(self.optimizers[name], groups[f"{name}.optimizer"])
-            if name in self.ema:
-                self.ema[name].load_state_dict(groups[f"{name}.ema"])
+            raise LdmPipeError(
+                what, str(folder), "Choose batch size x accumulation x processes to give the same product."
+            )
+        try:
+            for name, module in self.raw.items():
+                module.load_state_dict(groups[name], strict=True)
+                restore_optimizer(self.optimizers[name], groups[f"{name}.optimizer"])
+                if name in self.ema:
+                    self.ema[name].load_state_dict(groups[f"{name}.ema"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            what = f"the checkpoint does not fit the networks of this config ({' '.join(str(error).split()):.300})"
+            raise LdmPipeError(what, str(folder), "Use the saved config.") from error
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        later = [p.name for p in list_checkpoints(self.folder) if step_of(p) > self.step]
+        if later and which not in ("latest", "auto"):  # `latest` has found those damaged
+            what = f"step {self.step} is resumed where later checkpoints lie: {', '.join(later)}"
+            raise LdmPipeError(what, str(self.folder), "They would pass for newer ones: move them away.")
+
+    def _refuse_old_run(self) -> None:
+        """Refuse to start anew where another run's checkpoints would be mistaken for this one's."""
+        old = list_checkpoints(self.folder)
+        if old:
+            what = f"the folder holds checkpoints of an earlier run, the last is {old[-1].name}"
+            raise LdmPipeError(
+                what, str(self.folder), "Add --resume_from_checkpoint latest, or use another output_dir."
+            )
 
     def with_ema(self, action: Callable[[], None]) -> None:
         """Run something with every part's averaged weights in place."""
@@ -317,6 +301,8 @@ class Trainer:
         try:
             if self.config.resume_from_checkpoint:
                 self.resume(self.config.resume_from_checkpoint)
+            else:
+                self._refuse_old_run()
             self._start_records()
             for module in self.raw.values():
                 module.train()
@@ -343,14 +329,17 @@ class Trainer:
             if self._anyone_wants_to_stop(stop):
                 break
             if self.validate and self.step % config.validation_steps == 0 and self.is_main:
-                validate = self.validate
-                self.with_ema(lambda: validate(self.step, self))
+                self.with_ema(partial(self.validate, self.step, self))
             if self.step % config.checkpointing_steps == 0:
                 self.save()
                 saved_at = self.step
         bar.close()
         if saved_at != self.step:
             self.save()
+        elif (
+            not done and self.save_result and self.is_main
+        ):  # the run before may have ended before its result was there
+            self.with_ema(self.save_result)
 
     def _anyone_wants_to_stop(self, stop: StopSignal) -> bool:
         if self.accelerator.num_processes == 1:
@@ -364,7 +353,8 @@ class Trainer:
         if not self.is_main:
             return
         atomic_write(self.folder / "config.yaml", dump_config(self.config))
-        atomic_write(self.folder / "run.json", json.dumps(environment(self), indent=1) + "\n")
+        facts = describe_environment(self.accelerator.device, self.accelerator.num_processes, self.raw)
+        atomic_write(self.folder / "run.json", json.dumps(facts, indent=1) + "\n")
         if self.config.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -389,21 +379,11 @@ def _refuse_half_weights(parts: list[Part]) -> None:
             raise LdmPipeError(what, "training", "Load the weights in float32; mixed_precision sets the compute dtype.")
 
 
-def environment(trainer: Trainer) -> dict[str, Any]:
-    """Describe what a run was made with: command, commit, versions, hardware."""
-    import platform
-    import subprocess
-    from importlib.metadata import version
-
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(sys.argv),
-        "commit": asked.stdout.strip() or None,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "accelerate", "safetensors", "numpy")},
-        "machine": platform.machine(),
-        "device": str(trainer.accelerator.device),
-        "num_processes": trainer.accelerator.num_processes,
-        "num_threads": torch.get_num_threads(),
-        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in trainer.raw.items()},
-    }
+def _refuse_nonfinite(groups: dict[str, dict[str, Tensor]], where: str) -> None:
+    for group, tensors in groups.items():
+        bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        if bad:
+            what = (
+                f"no checkpoint is written: {len(bad)} tensors of {group} hold NaN or infinity, for instance {bad[0]}"
+            )
+            raise LdmPipeError(what, where, "Lower the learning rate; the last checkpoint is kept.")

@@ -1,0 +1,39 @@
+"""The learning rate of a step and the optimiser of a network; counted in optimiser steps, nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ldm_pipe.training.config import OptimConfig
+
+
+def lr_at(step: int, config: OptimConfig, max_train_steps: int) -> float:
+    """Return the learning rate of optimiser step `step` (0-based), whatever the processes or accumulation.
+
+    warm-up: lr (step + 1) / warmup;   then u = (step - warmup) / (max - warmup):
+    constant lr,   linear lr (1 - u),   cosine lr (1 + cos(pi u)) / 2
+    """
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    u = min(1.0, (step - config.lr_warmup_steps) / max(1, max_train_steps - config.lr_warmup_steps))
+    match config.lr_scheduler:
+        case "constant":
+            return config.learning_rate
+        case "linear":
+            return config.learning_rate * (1 - u)
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * u))
+
+
+def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Build AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases and norm weights are not decayed."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.adam_weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, foreach=True)
