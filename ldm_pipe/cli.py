@@ -1,6 +1,7 @@
 """The command `ldm-pipe`: options in, exit code out.
 
-Only the options live here; each command imports what it needs when it runs, so that `ldm-pipe --help` does not import torch.
+Only the options live here; each command imports what it needs when it runs, so that `ldm-pipe --help` does not import
+torch.
 Exit codes: 0 done, 2 wrong input, 3 something missing on this machine, 4 a fault in the run, 130 interrupted.
 """
 
@@ -102,7 +103,9 @@ def _add_draw(parser: argparse.ArgumentParser, kind: str) -> None:
     _add_common(parser)
     parser.add_argument("prompt", nargs="*", help="what to draw; several prompts draw several pictures")
     if kind == "generate":
-        parser.add_argument("--prompts", metavar="FILE", help=".txt with a prompt per line, or .csv/.jsonl with `prompt`")
+        parser.add_argument(
+            "--prompts", metavar="FILE", help=".txt with a prompt per line, or .csv/.jsonl with `prompt`"
+        )
     else:
         parser.add_argument("--image", required=True, help="the picture to start from")
         parser.add_argument("--strength", type=float, help="how far to leave it, above 0 and up to 1")
@@ -149,7 +152,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
-    parser.add_argument("path", nargs="?", help="a picture, a model folder, a training run or a hub id; default the shipped model")
+    parser.add_argument(
+        "path", nargs="?", help="a picture, a model folder, a training run or a hub id; default the shipped model"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run_info)
 
@@ -158,7 +163,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check = commands.add_parser("check", help="report bad, doubled, uncaptioned and odd pictures before training")
     _add_common(check)
-    check.add_argument("folder", help="folder with metadata.jsonl, captions in .txt files, or parquet; or one parquet file")
+    check.add_argument(
+        "folder", help="folder with metadata.jsonl, captions in .txt files, or parquet; or one parquet file"
+    )
     check.add_argument("--split", default="train")
     check.add_argument("--image-column", default="image")
     check.add_argument("--caption-column", default="text")

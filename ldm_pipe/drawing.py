@@ -1,7 +1,7 @@
 """The stages of one call, each a function: encode, choose steps, start, sample.
 
-What enters: a pipeline and a checked request. What leaves: conditions, steps, the first x_t, and z. Settings are settled
-before (request.py); the order of the stages is the pipeline's.
+What enters: a pipeline and a checked request. What leaves: conditions, steps, the first x_t, and z. Settings are
+settled before (request.py); the order of the stages is the pipeline's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def encode(pipe: LatentDiffusionPipeline, texts: Sequence[str], clip_skip: int |
     Returns: Condition with tokens (B, L, D), several encoders' side by side along D.
     """
     if not pipe.text_encoders:
-        raise LdmPipeError("the pipeline has no text encoder", how_to_fix="Give prompt_embeds and negative_prompt_embeds.")
+        raise LdmPipeError(
+            "the pipeline has no text encoder", how_to_fix="Give prompt_embeds and negative_prompt_embeds."
+        )
     distinct = list(dict.fromkeys(texts))
     conditions = []
     for encoder in pipe.text_encoders:
@@ -50,7 +52,7 @@ def encode(pipe: LatentDiffusionPipeline, texts: Sequence[str], clip_skip: int |
 
 
 def encode_prompts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Condition, Condition | None]:
-    """Return the condition and, under guidance, the unconditional one; embeddings that were given are taken as they are."""
+    """Return the condition and, under guidance, the unconditional one; given embeddings are taken as they are."""
 
     def condition(texts: Sequence[str] | None, embeds: Tensor | None) -> Condition:
         cond = Condition(tokens=embeds) if embeds is not None else encode(pipe, texts or (), request.clip_skip)
@@ -58,10 +60,10 @@ def encode_prompts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Con
 
     cond = condition(request.prompts, request.prompt_embeds)
     uncond = condition(request.negatives, request.negative_embeds) if request.guided else None
-    if uncond is not None and uncond.tokens is not None and cond.tokens is not None:
-        if uncond.tokens.shape != cond.tokens.shape:
-            shapes = f"{tuple(cond.tokens.shape)}, the negative prompt's {tuple(uncond.tokens.shape)}"
-            raise LdmPipeError(f"the prompt's embeddings are {shapes}", how_to_fix="Give negative_prompt_embeds of the same shape.")
+    if uncond is not None and uncond.slots()["tokens"].shape != cond.slots()["tokens"].shape:
+        shapes = f"{tuple(cond.slots()['tokens'].shape)}, the negative prompt's {tuple(uncond.slots()['tokens'].shape)}"
+        advice = "Give negative_prompt_embeds of the same shape."
+        raise LdmPipeError(f"the prompt's embeddings are {shapes}", how_to_fix=advice)
     return cond, uncond
 
 
@@ -98,8 +100,8 @@ def start(
 ) -> tuple[Tensor, Tensor | None, Restore | None]:
     """Make the first x_t: noise, or a diffused picture; draws come in diffusers' order.
 
-    Returns: x_t (B, C, h, w), the extra channels of an inpainting U-Net (B, 1 + C, h, w), and what puts the known part back
-    after each step of any other U-Net.
+    Returns: x_t (B, C, h, w), the extra channels of an inpainting U-Net (B, 1 + C, h, w), and what puts the known part
+        back after each step of any other U-Net.
     """
     shape = (
         request.num_pictures,
@@ -140,7 +142,10 @@ def start(
 
 
 def _restore(steps: Steps, mask: Tensor, z0: Tensor, eps: Tensor) -> Restore:
-    """Return what puts the known part, diffused to the level reached, back after each step (RePaint, arXiv:2201.09865, eq. 8)."""
+    """Return what puts the known part, diffused to the level reached, back after each step.
+
+    RePaint, Lugmayr et al. 2022, arXiv:2201.09865, eq. 8.
+    """
     alphas, sigmas = steps.alpha[1:].tolist(), steps.sigma[1:].tolist()
     alphas[-1], sigmas[-1] = 1.0, 0.0
 

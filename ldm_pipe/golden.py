@@ -1,7 +1,7 @@
 """The golden sample: a few numbers of two steps at a fixed seed, kept in a saved model and replayed when it is loaded.
 
-It is the one check that catches a wrong latent scale, noise law, prediction, text encoder or weight file together, all of which
-load without an error and draw a wrong picture.
+It is the one check that catches a wrong latent scale, noise law, prediction, text encoder or weight file together,
+all of which load without an error and draw a wrong picture.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     Returns: prompt, seed, size, and 8 evenly spread values each of the latents and the pixels.
     """
     side = max(8, 2 ** (len(pipe.unet.config.block_out_channels) - 1))
-    channels, num_extra = pipe.autoencoder.latent_channels, pipe.unet.config.in_channels - pipe.autoencoder.latent_channels
+    channels, num_extra = (
+        pipe.autoencoder.latent_channels,
+        pipe.unet.config.in_channels - pipe.autoencoder.latent_channels,
+    )
     cond = drawing.encode(pipe, [PROMPT]).to(pipe.device, pipe.dtype)
     x = Noise([SEED])((1, channels, side, side)).to(pipe.device)
     if num_extra:
@@ -70,7 +73,11 @@ def check_golden(pipe: LatentDiffusionPipeline, stored: Any, where: str) -> None
         wanted, got = torch.tensor(stored[name]).double(), torch.tensor(fresh[name]).double()
         difference = float((wanted - got).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
-            guilty = "U-Net, text encoder, tokenizer or scheduler" if name == "latents" else "autoencoder or its scaling_factor"
+            guilty = (
+                "U-Net, text encoder, tokenizer or scheduler"
+                if name == "latents"
+                else "autoencoder or its scaling_factor"
+            )
             what = f"the golden sample's {name} differ by {difference:.2g}: {guilty} is not what was saved"
             raise LdmPipeError(what, where, "Fetch the folder anew, or save it again if it was changed on purpose.")
 

@@ -5,6 +5,7 @@ This file knows the names and limits of settings, not how a picture is drawn.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ class LatentDiffusionOutput:
     """The pictures of one call.
 
     Attributes:
-        images: a list of PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or latents (B, C, h, w).
+        images: a list of PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in [0, 1], or latents (B, C, h,
+            w).
         nsfw_content_detected: None, as no safety checker runs.
         seeds: the seed that draws picture i again; None where a generator was given.
         latents: what the pictures were decoded from, (B, C, h, w), where `return_latents=True` asked for it.
@@ -78,6 +80,11 @@ def one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in known:
         raise LdmPipeError(f"{name} is {value!r:.80}", how_to_fix=f"use one of {', '.join(known)}")
     return value
+
+
+def warn_ignored(name: str, why: str) -> None:
+    """Warn of a setting without effect, at the line of the call."""
+    warnings.warn(f"{name} has no effect: {why}", stacklevel=6)
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,11 @@ class Defaults:
 
 def picture_infos(request: Request, model: str, model_hash: str | None) -> list[PngInfo]:
     """Describe each picture of a request in the customary words; what is at its default is left out."""
-    common = {"Steps": request.num_steps, "Sampler": sampler_label(request.sampler), "CFG scale": f"{request.guidance_scale:g}"}
+    common = {
+        "Steps": request.num_steps,
+        "Sampler": sampler_label(request.sampler),
+        "CFG scale": f"{request.guidance_scale:g}",
+    }
     rule = request.thresholding
     further = {
         "Model hash": model_hash,
@@ -161,7 +172,9 @@ def picture_infos(request: Request, model: str, model_hash: str | None) -> list[
         "Spacing": request.spacing,
         "Eta": f"{request.eta:g}" if request.eta else None,
         "Guidance rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
-        "Thresholding": None if rule.kind == "none" else f"{rule.kind} {rule.space} {rule.percentile:g} {rule.max_value:g}",
+        "Thresholding": None
+        if rule.kind == "none"
+        else f"{rule.kind} {rule.space} {rule.percentile:g} {rule.max_value:g}",
         "Clip skip": request.clip_skip,
         "Denoising strength": None if request.image is None else f"{request.strength:g}",
     }

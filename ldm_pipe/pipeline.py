@@ -2,8 +2,9 @@
 
     prompt --conditioning--> Condition;  noise --sampler(denoise)--> z;  z --autoencoder--> image
 
-What enters: prompts and settings in the words of diffusers' StableDiffusionPipeline. What leaves: pictures. Arguments are
-checked in request.py; folders are read and written in interop/folder.py; the parts of a stage are put together in drawing.py.
+What enters: prompts and settings in the words of diffusers' StableDiffusionPipeline. What leaves: pictures. Arguments
+are checked in request.py; folders are read and written in interop/folder.py; the parts of a stage are put together in
+drawing.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ldm_pipe import drawing
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.request import Request, check_request, check_text
+from ldm_pipe.request import Request, check_request
+from ldm_pipe.request_prompts import check_text
 from ldm_pipe.schedule import NoiseSchedule
 from ldm_pipe.unet import UNet
 
@@ -145,7 +147,9 @@ class LatentDiffusionPipeline:
             raise LdmPipeError("safe_serialization=False", how_to_fix="Weights are written as safetensors only.")
         from ldm_pipe.interop.save import save_pipeline
 
-        save_pipeline(self, Path(save_directory), variant=variant, dtype=_dtype(dtype) if dtype else self.dtype, card=card)
+        save_pipeline(
+            self, Path(save_directory), variant=variant, dtype=_dtype(dtype) if dtype else self.dtype, card=card
+        )
 
     # Where it runs
 
@@ -177,7 +181,7 @@ class LatentDiffusionPipeline:
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
         return self.defaults.height or rows * self.factor, self.defaults.width or columns * self.factor
 
-    def to(self, *args: Any, **kwargs: Any) -> LatentDiffusionPipeline:  # noqa: ANN401  (torch's own signature)
+    def to(self, *args: Any, **kwargs: Any) -> LatentDiffusionPipeline:
         """Move all networks to a device or dtype, as `torch.nn.Module.to` does."""
         kwargs = {("dtype" if name == "torch_dtype" else name): value for name, value in kwargs.items()}
         for module in self.components.values():
@@ -185,12 +189,14 @@ class LatentDiffusionPipeline:
                 module.to(*args, **kwargs)
             except (RuntimeError, AssertionError, TypeError) as error:
                 reason = str(error).splitlines()[0]
-                raise LdmPipeError(f"cannot move to {args or kwargs}: {reason}", how_to_fix="Use a device of this machine.") from error
+                raise LdmPipeError(
+                    f"cannot move to {args or kwargs}: {reason}", how_to_fix="Use a device of this machine."
+                ) from error
         self._offload = None
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
-        """Keep each network on the CPU and bring it to the device for its stage only; calls then run one after another."""
+        """Keep each network on the CPU and bring it to the device for its stage only; calls then wait for another."""
         target = torch.device(device)
         if target.type == "cpu":
             raise LdmPipeError("offload to the CPU from the CPU", how_to_fix="Name a GPU, or leave it.")
@@ -215,9 +221,11 @@ class LatentDiffusionPipeline:
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Do nothing but say so: the attention kernel used here never holds the whole matrix."""
-        warnings.warn(f"attention slicing ({slice_size}) has no effect: attention is memory-efficient here", stacklevel=2)
+        warnings.warn(
+            f"attention slicing ({slice_size}) has no effect: attention is memory-efficient here", stacklevel=2
+        )
 
-    def set_progress_bar_config(self, **config: Any) -> None:  # noqa: ANN401  (tqdm's arguments)
+    def set_progress_bar_config(self, **config: Any) -> None:
         """Set tqdm's arguments, such as disable=True."""
         self._progress = config
 
@@ -276,16 +284,16 @@ class LatentDiffusionPipeline:
         sampler: str | None = None,
         spacing: str | None = None,
         thresholding: str | Mapping[str, Any] | Thresholding | None = None,
-        image: Any = None,  # noqa: ANN401  (any kind of picture, see pixels.py)
+        image: Any = None,
         strength: float | None = None,
-        mask_image: Any = None,  # noqa: ANN401
+        mask_image: Any = None,
         deterministic_batch: bool = False,
         return_latents: bool = False,
     ) -> LatentDiffusionOutput | tuple[Any, Any]:
         """Draw pictures.
 
-        Names, order and defaults are those of diffusers' StableDiffusionPipeline; where the model stores defaults of its own
-        (`pipe.defaults`), they stand for arguments that were left alone.
+        Names, order and defaults are those of diffusers' StableDiffusionPipeline; where the model stores defaults of
+        its own (`pipe.defaults`), they stand for arguments that were left alone.
 
         Args:
             height, width: in pixels, multiples of `pipe.factor`; None: of the image, else the model's.
@@ -315,7 +323,9 @@ class LatentDiffusionPipeline:
             from ldm_pipe.pixels import give_images
 
             image = torch.cat([part[1] for part in drawn])
-            images = give_images(image, request.output_type, None if request.mask is None else request.image, request.mask)
+            images = give_images(
+                image, request.output_type, None if request.mask is None else request.image, request.mask
+            )
         output = LatentDiffusionOutput(
             images,
             seeds=None if request.seeds is None else list(request.seeds),
@@ -356,7 +366,7 @@ class LatentDiffusionPipeline:
         finally:
             module.to("cpu")
 
-    def progress_bar(self, total: int) -> Any:  # noqa: ANN401  (tqdm is imported on first use)
+    def progress_bar(self, total: int) -> Any:
         """Return a tqdm bar with the settings of `set_progress_bar_config`."""
         from tqdm import tqdm
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-IMAGE_KINDS = "a PIL picture, a path, an array (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W), or a list of them"
+IMAGE_KINDS = (
+    "a PIL picture, a path, an array (H, W, 3) or (B, H, W, 3), a tensor (3, H, W) or (B, 3, H, W), or a list of them"
+)
 
 
 def load_images(value: Any, size: tuple[int, int] | None = None) -> Tensor:
@@ -80,7 +82,9 @@ def _load(
         return from_pil(value)
     tensor = _from_array(name, value, channels)
     if size is not None and tuple(tensor.shape[2:]) != size:
-        method = {"mode": "nearest"} if channels == 1 else {"mode": "bilinear", "antialias": True, "align_corners": False}
+        method = (
+            {"mode": "nearest"} if channels == 1 else {"mode": "bilinear", "antialias": True, "align_corners": False}
+        )
         tensor = torch.nn.functional.interpolate(tensor, size=size, **method)  # type: ignore[arg-type]
     return tensor
 

@@ -56,7 +56,9 @@ def _clean(text: str) -> str:
 
 def _quote(value: str) -> str:
     """Quote a value that holds a separator, as the readers of this format expect."""
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:\n"') or value != value.strip() else value
+    return (
+        json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:\n"') or value != value.strip() else value
+    )
 
 
 def _unquote(value: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # a CLIP vocabulary is 1 MB; more than this is not a config
 MAX_JSON_DEPTH = 32
@@ -140,7 +141,9 @@ def sync_folder(folder: str | Path) -> None:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, atomically. Shared memory is written out once per name."""
-    whole = {name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    whole = {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     atomic_write(path, safetensors_bytes(whole, {"format": "pt", **(metadata or {})}))
 
 
@@ -222,6 +225,22 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
         raise LdmPipeError(f"NaN or infinity in {_first_ten(bad)}", where, "Use an earlier checkpoint.")
 
 
+class _NoNormalDraws(TorchFunctionMode):
+    """Skip `normal_` while a network is built on the meta device.
+
+    Nothing is drawn there, yet torch would import sympy and its compiler for it: 1.4 s before the first picture.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass everything else on."""
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 class PretrainedModule(nn.Module):
     """A network that lives in a component folder: `config.json` beside `<weights_name>.safetensors`.
 
@@ -273,7 +292,7 @@ class PretrainedModule(nn.Module):
         if cls.class_name and written and written != cls.class_name:
             what = f"the folder holds a {written}, not a {cls.class_name}"
             raise LdmPipeError(what, str(root), "Give the folder of the right component.")
-        with torch.device("meta"):
+        with torch.device("meta"), _NoNormalDraws():
             module = cls.from_config(config)
         tensors = cls.rename_keys(load_folder_tensors(root, cls.weights_name, variant, device=device))
         check_tensors(module, tensors, str(root))

@@ -1,15 +1,15 @@
 """Check what a caller of the pipeline asks for, once and before any work, and settle every default.
 
-What enters: the arguments of `LatentDiffusionPipeline.__call__`. What leaves: a frozen `Request` without open questions, or
-one LdmPipeError that names argument, value and range. This file runs no network.
+What enters: the arguments of `LatentDiffusionPipeline.__call__`. What leaves: a frozen `Request` without open
+questions, or one LdmPipeError that names argument, value and range. This file runs no network.
 """
 
 from __future__ import annotations
 
 import secrets
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +26,15 @@ from ldm_pipe.outputs import (
     Thresholding,
     one_of,
     real_number,
+    warn_ignored,
     whole_number,
 )
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.request_prompts import check_embeds, check_negatives, check_prompts
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
 
-MAX_PROMPT = 100_000  # characters; no encoder reads more than a few hundred tokens
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 2**32  # of one call
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -81,7 +82,17 @@ class Request:
         def row(value: Any, i: int) -> Any:
             return value if value is None or isinstance(value, torch.Generator) else value[i : i + 1]
 
-        names = ("prompts", "negatives", "prompt_embeds", "negative_embeds", "seeds", "generators", "latents", "image", "mask")
+        names = (
+            "prompts",
+            "negatives",
+            "prompt_embeds",
+            "negative_embeds",
+            "seeds",
+            "generators",
+            "latents",
+            "image",
+            "mask",
+        )
         return [
             replace(self, num_pictures=1, **{name: row(getattr(self, name), i) for name in names})
             for i in range(self.num_pictures)
@@ -93,18 +104,18 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
 
     Raises: LdmPipeError naming argument, value and range.
     """
-    prompts, num_prompts = _check_prompts(given["prompt"], given["prompt_embeds"])
+    prompts, num_prompts = check_prompts(given["prompt"], given["prompt_embeds"])
     per_prompt = whole_number("num_images_per_prompt", _default(given["num_images_per_prompt"], 1), 1, MAX_PICTURES)
     count = num_prompts * per_prompt
     whole_number("the number of pictures", count, 1, MAX_PICTURES)
     scale, rescale = _check_guidance(pipe, given)
-    negatives = _check_negatives(given, num_prompts, guided=scale > 1)
-    embeds = _check_embeds(pipe, given, num_prompts, scale > 1)
+    negatives = check_negatives(given, num_prompts, guided=scale > 1)
+    embeds = check_embeds(pipe, given, num_prompts, scale > 1)
     sampler = one_of("sampler", _default(given["sampler"], pipe.defaults.sampler or "ddim"), samplers.NAMES)
     spacing = _default(given["spacing"], pipe.defaults.spacing)
     eta = real_number("eta", given["eta"], 0.0, 1.0)
     if eta > 0 and not samplers.get(sampler).has_eta:
-        _ignored("eta", f"the sampler {sampler} has none")
+        warn_ignored("eta", f"the sampler {sampler} has none")
         eta = 0.0
     image, mask, strength = _check_pictures(pipe, given, count, num_prompts)
     height, width = _check_size(pipe, given, image)
@@ -158,92 +169,15 @@ def _spread(texts: tuple[str, ...] | None, times: int) -> Any:
     return None if texts is None else tuple(text for text in texts for _ in range(times))
 
 
-def _ignored(name: str, why: str) -> None:
-    warnings.warn(f"{name} has no effect: {why}", stacklevel=4)
-
-
-def check_text(name: str, value: Any) -> str:
-    """Check one prompt: a string that is text (no lone surrogates) and of sane length."""
-    if not isinstance(value, str):
-        raise LdmPipeError(f"{name} is a {type(value).__name__}", how_to_fix="give a string or a list of strings")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise LdmPipeError(f"{name} is not valid text ({error.reason})", how_to_fix="give valid Unicode") from None
-    if len(value) > MAX_PROMPT:
-        raise LdmPipeError(f"{name} has {len(value)} characters", how_to_fix=f"at most {MAX_PROMPT} are read")
-    return value
-
-
-def _check_prompts(prompt: Any, embeds: Any) -> tuple[tuple[str, ...] | None, int]:
-    if (prompt is None) == (embeds is None):
-        state = "neither" if prompt is None else "both"
-        raise LdmPipeError(f"{state} of prompt and prompt_embeds given", how_to_fix="give one of them")
-    if prompt is None:
-        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
-            raise LdmPipeError("prompt_embeds must be a tensor (batch, tokens, channels)", how_to_fix="see pipe.encode_prompt")
-        return None, embeds.shape[0]
-    if isinstance(prompt, str):
-        return (check_text("prompt", prompt),), 1
-    if not isinstance(prompt, (list, tuple)) or not prompt:
-        raise LdmPipeError(f"prompt is {prompt!r:.80}", how_to_fix="give a string or a list of at least one string")
-    return tuple(check_text(f"prompt {i}", text) for i, text in enumerate(prompt)), len(prompt)
-
-
-def _check_negatives(given: Mapping[str, Any], num_prompts: int, *, guided: bool) -> tuple[str, ...]:
-    negative = given["negative_prompt"]
-    if negative is not None and given["negative_prompt_embeds"] is not None:
-        raise LdmPipeError("both of negative_prompt and negative_prompt_embeds given", how_to_fix="give one of them")
-    if negative is None:
-        return ("",) * num_prompts
-    if isinstance(negative, str):
-        negatives: Sequence[Any] = [negative] * num_prompts
-    elif isinstance(negative, (list, tuple)):
-        negatives = negative
-    else:
-        raise LdmPipeError(f"negative_prompt is {negative!r:.80}", how_to_fix="give a string or a list of strings")
-    if len(negatives) != num_prompts:
-        what = f"{len(negatives)} negative prompts for {num_prompts} prompts"
-        raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
-    checked = tuple(check_text(f"negative_prompt {i}", text) for i, text in enumerate(negatives))
-    if any(checked) and not guided:
-        _ignored("negative_prompt", "it needs a guidance_scale above 1")
-    return checked
-
-
-def _check_embeds(
-    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], num_prompts: int, guided: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check precomputed embeddings: width of the U-Net, one row per prompt, finite numbers."""
-    tokens, null = given["prompt_embeds"], given["negative_prompt_embeds"]
-    if null is not None and not guided:
-        _ignored("negative_prompt_embeds", "it needs a guidance_scale above 1")
-    for name, value in (("prompt_embeds", tokens), ("negative_prompt_embeds", null)):
-        if value is None:
-            continue
-        width = pipe.unet.config.get("cross_attention_dim")
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 3 or value.shape[0] != num_prompts:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise LdmPipeError(f"{name} is {shape}", how_to_fix=f"give a float tensor ({num_prompts}, tokens, {width})")
-        if isinstance(width, int) and value.shape[2] != width:
-            raise LdmPipeError(f"{name} has {value.shape[2]} channels", how_to_fix=f"the U-Net takes {width}")
-        if not bool(torch.isfinite(value).all()):
-            raise LdmPipeError(f"{name} holds NaN or infinity", how_to_fix="encode the prompt anew")
-    if tokens is not None and null is not None and tokens.shape != null.shape:
-        what = f"prompt_embeds {tuple(tokens.shape)} and negative_prompt_embeds {tuple(null.shape)} differ"
-        raise LdmPipeError(what, how_to_fix="give equal shapes")
-    return tokens, null
-
-
 def _check_guidance(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> tuple[float, float]:
     scale = _model_default(given["guidance_scale"], pipe.defaults.guidance_scale)
     scale = real_number("guidance_scale", scale, 0.0, 1000.0)
     rescale = _model_default(given["guidance_rescale"], pipe.defaults.guidance_rescale)
     rescale = real_number("guidance_rescale", rescale, 0.0, 1.0)
     if 0 < scale < 1:
-        _ignored(f"guidance_scale {scale:g}", "up to 1 there is no guidance, as in diffusers")
+        warn_ignored(f"guidance_scale {scale:g}", "up to 1 there is no guidance, as in diffusers")
     if rescale > 0 and scale <= 1 and not isinstance(given["guidance_rescale"], FloatDefault):
-        _ignored("guidance_rescale", "it needs a guidance_scale above 1")
+        warn_ignored("guidance_rescale", "it needs a guidance_scale above 1")
     return scale, rescale
 
 
@@ -287,7 +221,7 @@ def _check_pictures(
         if inpainting:
             raise LdmPipeError("mask_image without image", how_to_fix="give the picture to paint into as image")
         if given["strength"] is not None:
-            _ignored("strength", "it needs an image")
+            warn_ignored("strength", "it needs an image")
         return None, None, 1.0
     size = None
     if given["height"] is not None or given["width"] is not None:
@@ -298,7 +232,9 @@ def _check_pictures(
         )
     image = _repeat("image", load_images(given["image"], size), count, num_prompts)
     if given["latents"] is not None and not inpainting:
-        raise LdmPipeError("both of image and latents given", how_to_fix="give one of them: image starts from its own latents")
+        raise LdmPipeError(
+            "both of image and latents given", how_to_fix="give one of them: image starts from its own latents"
+        )
     if not inpainting:
         return image, None, strength
     mask = _repeat("mask_image", load_masks(given["mask_image"], size), count, num_prompts)
@@ -337,9 +273,11 @@ def _check_timesteps(pipe: LatentDiffusionPipeline, timesteps: Any) -> tuple[flo
     if isinstance(timesteps, Tensor):
         timesteps = timesteps.tolist()
     if not isinstance(timesteps, (list, tuple)) or not 1 <= len(timesteps) <= last + 1:
-        raise LdmPipeError(f"timesteps is {timesteps!r:.80}", how_to_fix=f"give a falling list of times from {last} to 0")
+        raise LdmPipeError(
+            f"timesteps is {timesteps!r:.80}", how_to_fix=f"give a falling list of times from {last} to 0"
+        )
     times = tuple(real_number(f"timesteps[{i}]", t, 0, last) for i, t in enumerate(timesteps))
-    if any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
+    if any(later >= earlier for earlier, later in pairwise(times)):
         raise LdmPipeError("timesteps do not fall", how_to_fix=f"give a falling list of times from {last} to 0")
     return times
 
@@ -356,7 +294,8 @@ def _check_randomness(
         generators = tuple(generator) if isinstance(generator, (list, tuple)) else ()
         if len(generators) != count or not all(isinstance(g, torch.Generator) for g in generators):
             raise LdmPipeError(
-                f"generator is {generator!r:.80}", how_to_fix=f"give a torch.Generator, or a list of {count} for {count} pictures"
+                f"generator is {generator!r:.80}",
+                how_to_fix=f"give a torch.Generator, or a list of {count} for {count} pictures",
             )
         return None, generators
     if seed is None:
@@ -371,7 +310,9 @@ def _check_randomness(
 
 def _check_callback(callback: Any) -> Callable[..., Any] | None:
     if callback is not None and not callable(callback):
-        raise LdmPipeError("callback_on_step_end cannot be called", how_to_fix="give a function (pipe, i, t, tensors) -> tensors")
+        raise LdmPipeError(
+            "callback_on_step_end cannot be called", how_to_fix="give a function (pipe, i, t, tensors) -> tensors"
+        )
     return callback
 
 

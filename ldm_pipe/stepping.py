@@ -1,7 +1,7 @@
 """What happens between two steps of a sampler: bad numbers noticed, known parts put back, the caller asked.
 
-What enters: the state after each step. What leaves: the state the sampler goes on with. This file knows no schedule and no
-network.
+What enters: the state after each step. What leaves: the state the sampler goes on with. This file knows no schedule
+and no network.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StepHook:
 
     def __init__(
         self,
-        view: Any,  # noqa: ANN401  (the pipeline as the callback sees it)
+        view: Any,
         request: Request,
         *,
         advance: Callable[[], Any],

@@ -1,4 +1,5 @@
-"""Turn a model folder or a training run into a diffusers folder and compare the pictures: the same as `ldm-pipe export`.
+"""Turn a model folder or a training run into a diffusers folder and compare the pictures: the same as `ldm-pipe
+export`.
 
 python scripts/export_diffusers.py runs/emoji/diffusion exported/emoji
 """

@@ -14,7 +14,11 @@ def run_check(args: argparse.Namespace) -> int:
     from ldm_pipe.data.check import check_folder
 
     report = check_folder(
-        args.folder, args.split, image_column=args.image_column, caption_column=args.caption_column, min_side=args.min_side
+        args.folder,
+        args.split,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        min_side=args.min_side,
     )
     if args.json:
         facts = {

@@ -1,7 +1,7 @@
 """The commands that draw: generate, img2img and inpaint.
 
-What enters: parsed options. What leaves: PNG files with their settings inside, each written whole or not at all. Paths are
-checked before torch is imported.
+What enters: parsed options. What leaves: PNG files with their settings inside, each written whole or not at all.
+Paths are checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS_BYTES = 100_000_000
 PASSED_ON = (
-    "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width", "sampler", "spacing",
-    "eta", "clip_skip", "strength",
+    "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width", "sampler",
+    "spacing", "eta", "clip_skip", "strength",
 )  # fmt: skip
 
 
@@ -82,7 +82,9 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
     thresholding = {name: value for name, value in thresholding.items() if value is not None}
     if thresholding and "kind" not in thresholding:
-        raise OutputError("a --thresholding-... option without --thresholding", "", "Add --thresholding static or dynamic.")
+        raise OutputError(
+            "a --thresholding-... option without --thresholding", "", "Add --thresholding static or dynamic."
+        )
     if thresholding:
         arguments["thresholding"] = thresholding
     if args.deterministic_batch:
@@ -169,7 +171,9 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
         try:
             seed = None if row.get("seed") in (None, "") else int(row["seed"])
         except (TypeError, ValueError):
-            raise OutputError(f"row {number}: seed is {row['seed']!r}", str(path), "Use a whole number from 0.") from None
+            raise OutputError(
+                f"row {number}: seed is {row['seed']!r}", str(path), "Use a whole number from 0."
+            ) from None
         yield {"prompt": row["prompt"], "negative_prompt": row.get("negative_prompt") or None, "seed": seed}
 
 

@@ -36,10 +36,14 @@ def picture_facts(path: str) -> dict[str, Any]:
         raise OutputError("no such picture", path, "Give an existing file.")
     try:
         info = read_png_info(path)
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        raise OutputError(f"not a readable picture ({error})", path, "Give a PNG drawn by ldm-pipe or a web interface.") from None
+    except Exception as error:  # noqa: BLE001  damaged files make Pillow raise almost anything
+        raise OutputError(
+            f"not a readable picture ({error})", path, "Give a PNG drawn by ldm-pipe or a web interface."
+        ) from None
     if info is None:
-        raise OutputError("the picture holds no settings", path, "They are kept in PNG files only, and lost by most editors.")
+        raise OutputError(
+            "the picture holds no settings", path, "They are kept in PNG files only, and lost by most editors."
+        )
     facts = {"prompt": info.prompt, "negative prompt": info.negative_prompt, **info.settings}
     command = redraw_command(info.prompt, info.negative_prompt, dict(info.settings))
     return {key: value for key, value in facts.items() if value != ""} | ({"again": command} if command else {})
@@ -145,6 +149,8 @@ def run_export(args: argparse.Namespace) -> int:
     for line in report.warnings:
         sys.stdout.write(f"diffusers said: {line}\n")
     if report.difference is not None:
-        sys.stdout.write(f"largest difference of the pictures, ours and diffusers', in [0, 1]: {report.difference:.2g}\n")
+        sys.stdout.write(
+            f"largest difference of the pictures, ours and diffusers', in [0, 1]: {report.difference:.2g}\n"
+        )
     sys.stdout.write(f"{report.folder}\n")
     return 0

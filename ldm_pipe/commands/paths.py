@@ -1,7 +1,7 @@
 """Decide where pictures are written, and find out before the work whether they can be.
 
-What enters: what the user typed after -o. What leaves: the path of each picture. This file imports no torch, so that a wrong
-path is told at once.
+What enters: what the user typed after -o. What leaves: the path of each picture. This file imports no torch, so that
+a wrong path is told at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_SLUG = 60
 
 
 class OutputError(ValueError):
-    """Say what is wrong with an output path, in the three parts of `LdmPipeError` (which would cost the import of torch)."""
+    """Say what is wrong with an output path, in the three parts of `LdmPipeError` (which costs the import of torch)."""
 
     def __init__(self, what: str, where: str = "", how_to_fix: str = "") -> None:
         """Keep the three parts for the command line."""
@@ -49,7 +49,9 @@ def check_space(folder: Path, num_bytes: int) -> None:
     """Raise OutputError if the disk has no room for so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OutputError(f"{num_bytes} bytes are needed, {free} are free", str(folder), "Free some space, or choose another -o.")
+        raise OutputError(
+            f"{num_bytes} bytes are needed, {free} are free", str(folder), "Free some space, or choose another -o."
+        )
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:

@@ -28,6 +28,7 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
         "text encoder": parts.text_encoders[0],
     }
     sizes = [f"- {part}: {sum(p.numel() for p in net.parameters()):,} parameters" for part, net in counts.items()]
+    vae = parts.autoencoder
     defaults = [f"- {key}: {_safe(value)}" for key, value in parts.defaults.to_json().items()]
     return "\n".join(
         [
@@ -49,8 +50,10 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
             "",
             "## Parts",
             *sizes,
-            f"- weights: {dtype}, safetensors; factor {parts.autoencoder.factor}, {parts.autoencoder.latent_channels} latent channels",
-            f"- noise law: {parts.schedule.beta_schedule}, prediction {parts.schedule.prediction}, sampler {sampler}",
+            f"- weights: {dtype}, safetensors",
+            f"- latents: {vae.latent_channels} channels, one for {vae.factor} pixels a side",
+            f"- noise law: {parts.schedule.beta_schedule}, prediction {parts.schedule.prediction}",
+            f"- sampler: {sampler}",
             "",
             "## Defaults (`ldm_pipe.json`)",
             *(defaults or ["- none stored"]),
@@ -59,9 +62,9 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
             *told,
             "",
             "## Limits",
-            "Pictures show what the training data shows, with its gaps and biases. No safety checker runs (`safety_checker` is",
-            "empty, `requires_safety_checker` is false). diffusers reads everything but `ldm_pipe.json`: pass the defaults above",
-            "yourself there.",
+            "Pictures show what the training data shows, with its gaps and biases. No safety checker runs",
+            "(`safety_checker` is empty, `requires_safety_checker` is false). diffusers reads everything but",
+            "`ldm_pipe.json`: pass the defaults above yourself there.",
             "",
         ]
     )

@@ -67,7 +67,9 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     if defaults.num_inference_steps is not None and defaults.num_inference_steps != 50:
         notes.append(f"Pass num_inference_steps={defaults.num_inference_steps} in diffusers; its default is 50.")
     if defaults.spacing is not None and defaults.spacing != pipe.schedule.spacing:
-        notes.append(f"The spacing {defaults.spacing!r} is a default of ours; the folder says {pipe.schedule.spacing!r}.")
+        notes.append(
+            f"The spacing {defaults.spacing!r} is a default of ours; the folder says {pipe.schedule.spacing!r}."
+        )
     return tuple(notes)
 
 
@@ -88,8 +90,8 @@ def export_diffusers(
         dtype: of all parts (FAULTS: parts of different dtypes fail on the first call).
         sampler: which one diffusers starts with; None is the model's own.
         check: load the folder with diffusers, draw one picture from the same latents with both, compare.
-    Raises: LdmPipeError with the reason, and no folder is left behind, if the model cannot be represented, the target cannot be
-        written, or the pictures differ.
+    Raises: LdmPipeError with the reason, and no folder is left behind, if the model cannot be represented, the target
+        cannot be written, or the pictures differ.
     """
     target = Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
@@ -121,7 +123,12 @@ def export_diffusers(
 
 @torch.no_grad()
 def compare_with_diffusers(
-    folder: Path, *, dtype: torch.dtype = torch.float32, variant: str | None = None, num_steps: int = 8, scale: float = 3.0
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    num_steps: int = 8,
+    scale: float = 3.0,
 ) -> tuple[float, tuple[str, ...]]:
     """Draw one picture with diffusers and one with us, from the same folder and latents.
 
@@ -132,7 +139,9 @@ def compare_with_diffusers(
         import diffusers
     except ImportError:
         advice = "pip install diffusers, or export with --no-check."
-        raise LdmPipeError("diffusers is not installed, so the export cannot be checked", "export to diffusers", advice) from None
+        raise LdmPipeError(
+            "diffusers is not installed, so the export cannot be checked", "export to diffusers", advice
+        ) from None
     ours = LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant)
     ours.set_progress_bar_config(disable=True)
     with warnings.catch_warnings(record=True) as caught:
@@ -147,7 +156,9 @@ def compare_with_diffusers(
     written = dict(ours.schedule.config)
     rewritten = [key for key, value in written.items() if theirs.scheduler.config.get(key, value) != value]
     if rewritten:
-        raise LdmPipeError(f"diffusers rewrites {rewritten} of the scheduler on loading", str(folder), "Please report it.")
+        raise LdmPipeError(
+            f"diffusers rewrites {rewritten} of the scheduler on loading", str(folder), "Please report it."
+        )
     height, width = ours.default_size
     shape = (1, ours.autoencoder.latent_channels, height // ours.factor, width // ours.factor)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -2,8 +2,8 @@
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  ldm_pipe.json  README.md
 
-diffusers reads such a folder as a StableDiffusionPipeline and ignores `ldm_pipe.json`, which keeps what diffusers has no place
-for. Class names are looked up in the fixed lists below; nothing in a folder can name code to run.
+diffusers reads such a folder as a StableDiffusionPipeline and ignores `ldm_pipe.json`, which keeps what diffusers has
+no place for. Class names are looked up in the fixed lists below; nothing in a folder can name code to run.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def find_folder(
         if (place / "model_index.json").is_file():
             return place
     present = sorted(p.name for p in root.iterdir())[:12]
-    raise LdmPipeError(f"no model_index.json, only {present}", str(root), "Give a model folder or a finished training run.")
+    raise LdmPipeError(
+        f"no model_index.json, only {present}", str(root), "Give a model folder or a finished training run."
+    )
 
 
 def check_index(root: Path) -> Mapping[str, Any]:
@@ -166,12 +168,14 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
 
 @contextlib.contextmanager
 def _config_errors(part: Path) -> Iterator[None]:
-    """Turn what a senseless config makes torch and Python raise (sizes of 2^31, text for numbers) into one clear error."""
+    """Turn what a senseless config makes torch raise (sizes of 2^31, text for numbers) into one clear error."""
     try:
         yield
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, MemoryError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise LdmPipeError(f"cannot be built from its config: {reason}", str(part), "Fetch or export the folder anew.") from error
+        raise LdmPipeError(
+            f"cannot be built from its config: {reason}", str(part), "Fetch or export the folder anew."
+        ) from error
 
 
 def check_fit(parts: Parts, where: str = "pipeline") -> None:
@@ -229,14 +233,18 @@ def write_folder(
     Raises: LdmPipeError if something cannot be written, or is no diffusers model.
     """
     if len(parts.text_encoders) != 1 or parts.text_encoders[0].tokenizer is None:
-        raise LdmPipeError(f"{len(parts.text_encoders)} text encoders", str(target), "The folder holds one, with its tokenizer.")
+        raise LdmPipeError(
+            f"{len(parts.text_encoders)} text encoders", str(target), "The folder holds one, with its tokenizer."
+        )
     text_encoder, tokenizer = parts.text_encoders[0], parts.text_encoders[0].tokenizer
     scheduler = parts.schedule.to_config(sampler)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     except OSError as error:
-        raise LdmPipeError(f"cannot be written ({error.strerror or error})", str(target), "Choose another folder.") from error
+        raise LdmPipeError(
+            f"cannot be written ({error.strerror or error})", str(target), "Choose another folder."
+        ) from error
     try:
         parts.unet.save_pretrained(staging / "unet", variant=variant, dtype=dtype)
         foldable(parts.autoencoder).save_pretrained(staging / "vae", variant=variant, dtype=dtype)
@@ -252,13 +260,15 @@ def write_folder(
         os.chmod(staging, 0o777 & ~_umask())
         _move_over(staging, target)
     except OSError as error:
-        raise LdmPipeError(f"cannot be written ({error.strerror or error})", str(target), "Choose another folder.") from error
+        raise LdmPipeError(
+            f"cannot be written ({error.strerror or error})", str(target), "Choose another folder."
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _state_dtype(path: Path) -> None:
-    """State float32 as the dtype to load in: transformers 5 would take the file's and diffusers float32 for the other parts."""
+    """State float32 as the dtype to load in: transformers 5 would take the file's, diffusers takes float32."""
     config = read_json(path)
     config.pop("torch_dtype", None)
     atomic_write(path, _json({**config, "dtype": "float32"}))

@@ -18,7 +18,9 @@ pytest.importorskip("diffusers", reason="the reference")
 TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
 
 
-def test_export_prints_the_difference(tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+def test_export_prints_the_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     """A training run holds its model in `pipeline/`."""
     shutil.copytree(TINY, tmp_path / "run" / "pipeline")
     with caplog.at_level(logging.WARNING):
@@ -29,7 +31,9 @@ def test_export_prints_the_difference(tmp_path: Path, capsys: pytest.CaptureFixt
     assert float(found[1]) <= 1e-4
     assert "note: Pass guidance_scale=3 in diffusers" in captured.out
     said = captured.err + caplog.text + captured.out
-    assert not re.search(r"unexpected|missing|not initialized|newly initialized|were not used|steps_offset", said, re.IGNORECASE)
+    assert not re.search(
+        r"unexpected|missing|not initialized|newly initialized|were not used|steps_offset", said, re.IGNORECASE
+    )
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -42,7 +46,9 @@ def test_the_exported_folder_is_the_native_format(tmp_path: Path) -> None:
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_target_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_target_that_cannot_be_written_is_told_and_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     assert main(["export", str(TINY), str(tmp_path / "file" / "out")]) == 2
     assert main(["export", str(TINY), str(tmp_path / "out"), "--sampler", "heun"]) == 2

@@ -19,7 +19,19 @@ TINY = str(Path(__file__).parents[1] / "data" / "tiny_pipeline")
 
 
 def test_generate_in_a_fresh_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ldm_pipe.cli", "generate", "red apple", "--model", TINY, "--seed", "7", "-o", "a.png"]
+    command = [
+        sys.executable,
+        "-m",
+        "ldm_pipe.cli",
+        "generate",
+        "red apple",
+        "--model",
+        TINY,
+        "--seed",
+        "7",
+        "-o",
+        "a.png",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -77,7 +89,12 @@ def test_grid_and_single_pictures(folder: Path, capsys: pytest.CaptureFixture) -
     info = read_png_info("grid.png")
     assert info is not None
     assert info.settings["Pictures"] == "4"
-    assert capsys.readouterr().out.split() == ["grid.png", *(f"one-{i}.png" for i in (1, 2, 3, 4)), "out/red-apple-7.png", "out/a-worm-8.png"]
+    assert capsys.readouterr().out.split() == [
+        "grid.png",
+        *(f"one-{i}.png" for i in (1, 2, 3, 4)),
+        "out/red-apple-7.png",
+        "out/a-worm-8.png",
+    ]
 
 
 def test_img2img_and_inpaint(folder: Path) -> None:
@@ -127,7 +144,9 @@ def test_prompts_file_is_restartable(folder: Path, capsys: pytest.CaptureFixture
         (["--guidance-scale", "nan"], "guidance_scale"),
     ],
 )
-def test_wrong_options_leave_nothing_behind(folder: Path, capsys: pytest.CaptureFixture, words: list[str], said: str) -> None:
+def test_wrong_options_leave_nothing_behind(
+    folder: Path, capsys: pytest.CaptureFixture, words: list[str], said: str
+) -> None:
     assert draw("generate", "red apple", "-o", "a.png", *words) == 2
     assert said in capsys.readouterr().err
     assert list(folder.iterdir()) == []
@@ -161,3 +180,19 @@ def test_data_check(folder: Path, capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     assert json.loads(out[out.index("{") :])["bad"]
     assert main(["data", "check", "nowhere"]) == 2
+
+
+def test_the_way_of_a_prompt_imports_only_what_it_needs() -> None:
+    """transformers costs 3 s of CPU time, sympy and torch's compiler 1.4 s, huggingface_hub is for the network."""
+    code = f"""
+import sys
+from ldm_pipe import LatentDiffusionPipeline
+pipe = LatentDiffusionPipeline.from_pretrained({TINY!r})
+pipe.set_progress_bar_config(disable=True)
+pipe("red apple", seed=0)
+heavy = ("transformers", "diffusers", "datasets", "accelerate", "huggingface_hub", "sympy", "torch._dynamo", "pydantic")
+found = [name for name in heavy if name in sys.modules]
+assert not found, found
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

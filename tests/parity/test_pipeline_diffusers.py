@@ -1,7 +1,7 @@
 """The same folder, prompt and latents in diffusers' pipelines and in ours give the same picture.
 
-Both run in fp32 with the same operators in another order: 1e-4 of [0, 1] for text to image (1e-3 is what users need), 2e-4 where an
-encoder comes before.
+Both run in fp32 with the same operators in another order: 1e-4 of [0, 1] for text to image (1e-3 is what users need),
+2e-4 where an encoder comes before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def parts() -> dict[str, Any]:
     return {name: part for name, part in theirs.components.items() if name not in ("scheduler", "image_encoder")}
 
 
-def reference(pipe: LatentDiffusionPipeline, parts: dict[str, Any], kind: str = "StableDiffusionPipeline", **changed: Any) -> Any:
+def reference(
+    pipe: LatentDiffusionPipeline, parts: dict[str, Any], kind: str = "StableDiffusionPipeline", **changed: Any
+) -> Any:
     """Build diffusers' pipeline with the scheduler we would save; its constructor may rewrite the scheduler."""
     config = pipe.schedule.to_config(pipe.defaults.sampler or "ddim")
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -51,7 +53,9 @@ def reference(pipe: LatentDiffusionPipeline, parts: dict[str, Any], kind: str = 
 def with_schedule(pipe: LatentDiffusionPipeline, sampler: str = "ddim", **fields: Any) -> LatentDiffusionPipeline:
     """Return a pipeline of the same networks with another noise law."""
     defaults = type(pipe.defaults)(sampler=sampler)
-    other = LatentDiffusionPipeline(pipe.unet, pipe.autoencoder, pipe.text_encoders, NoiseSchedule(**fields), defaults=defaults)
+    other = LatentDiffusionPipeline(
+        pipe.unet, pipe.autoencoder, pipe.text_encoders, NoiseSchedule(**fields), defaults=defaults
+    )
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -105,7 +109,13 @@ def test_linspace_is_not_rewritten_either(tiny: LatentDiffusionPipeline, parts: 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_generators_draw_as_in_diffusers(tiny: LatentDiffusionPipeline, parts: dict[str, Any], eta: float) -> None:
     theirs = reference(tiny, parts)
-    call = {"prompt": "red apple", "num_images_per_prompt": 2, "num_inference_steps": 5, "eta": eta, "output_type": "pt"}
+    call = {
+        "prompt": "red apple",
+        "num_images_per_prompt": 2,
+        "num_inference_steps": 5,
+        "eta": eta,
+        "output_type": "pt",
+    }
     call |= {"guidance_scale": 3.0}
     mine = tiny(**call, generator=torch.Generator().manual_seed(4)).images
     assert difference(mine, theirs(**call, generator=torch.Generator().manual_seed(4)).images) <= 1e-4
@@ -157,7 +167,13 @@ def test_inpainting(
 
 
 def test_prompt_too_long_is_cut_where_diffusers_cuts(tiny: LatentDiffusionPipeline, parts: dict[str, Any]) -> None:
-    call = {"prompt": "red apple " * 20, "latents": latents(), "num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+    call = {
+        "prompt": "red apple " * 20,
+        "latents": latents(),
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
+        "output_type": "pt",
+    }
     with pytest.warns(UserWarning, match="cut"):
         mine = tiny(**call).images
     assert difference(mine, reference(tiny, parts)(**call).images) <= 1e-4
@@ -181,7 +197,13 @@ def test_latent_shift_is_folded_in(parts: dict[str, Any], tmp_path: Path) -> Non
     pipe = LatentDiffusionPipeline.from_pretrained(TINY)
     pipe.autoencoder.set_latent_statistics([0.3, -0.2, 0.1, 0.0], [1.2, 0.8, 1.0, 0.9])
     pipe.set_progress_bar_config(disable=True)
-    call = {"prompt": "red apple", "latents": latents(), "num_inference_steps": 4, "output_type": "pt", "guidance_scale": 2.0}
+    call = {
+        "prompt": "red apple",
+        "latents": latents(),
+        "num_inference_steps": 4,
+        "output_type": "pt",
+        "guidance_scale": 2.0,
+    }
     before = pipe(**call).images
     pipe.save_pretrained(tmp_path / "model")
     again = LatentDiffusionPipeline.from_pretrained(tmp_path / "model")

@@ -15,7 +15,8 @@ from ldm_pipe.commands.paths import MAX_SLUG, OutputError, OutputPlan, check_spa
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from ldm_pipe.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys; from ldm_pipe.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -111,7 +112,7 @@ def test_prompts_files(tmp_path: Path) -> None:
 def test_bad_prompts_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(OutputError, match="bad.jsonl"):
+    with pytest.raises(OutputError, match=r"bad\.jsonl"):
         list(read_prompts(path))
 
 

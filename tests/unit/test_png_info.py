@@ -13,11 +13,14 @@ from ldm_pipe.png_info import CHUNK, MAX_TEXT, PngInfo, format_parameters, parse
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=60)
 KEY = st.from_regex(r"[A-Za-z][A-Za-z0-9 \-/]{0,10}[A-Za-z0-9]", fullmatch=True)
-EXAMPLE = "a cat, sitting: calm\nNegative prompt: blurry\nSteps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x512"
+EXAMPLE = "a cat, sitting: calm\nNegative prompt: blurry\n"
+EXAMPLE += "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 1, Size: 512x512"
 
 
 def test_customary_form() -> None:
-    info = PngInfo("red apple", "ugly", {"Steps": "20", "Sampler": "DDIM", "CFG scale": "7.5", "Seed": "1", "Size": "64x64"})
+    info = PngInfo(
+        "red apple", "ugly", {"Steps": "20", "Sampler": "DDIM", "CFG scale": "7.5", "Seed": "1", "Size": "64x64"}
+    )
     expected = "red apple\nNegative prompt: ugly\nSteps: 20, Sampler: DDIM, CFG scale: 7.5, Seed: 1, Size: 64x64"
     assert format_parameters(info) == expected
 

@@ -1,0 +1,106 @@
+"""Check the texts of a call: prompts, negative prompts and precomputed embeddings.
+
+What enters: what the caller gave. What leaves: as many checked texts or embeddings as there are prompts, or one
+LdmPipeError. This file runs no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm_pipe.outputs import warn_ignored
+from ldm_pipe.pretrained import LdmPipeError
+
+if TYPE_CHECKING:
+    from ldm_pipe.pipeline import LatentDiffusionPipeline
+
+MAX_PROMPT = 100_000  # characters; no encoder reads more than a few hundred tokens
+
+
+def check_text(name: str, value: Any) -> str:
+    """Check one prompt: a string that is text (no lone surrogates) and of sane length."""
+    if not isinstance(value, str):
+        raise LdmPipeError(f"{name} is a {type(value).__name__}", how_to_fix="give a string or a list of strings")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LdmPipeError(f"{name} is not valid text ({error.reason})", how_to_fix="give valid Unicode") from None
+    if len(value) > MAX_PROMPT:
+        raise LdmPipeError(f"{name} has {len(value)} characters", how_to_fix=f"at most {MAX_PROMPT} are read")
+    return value
+
+
+def check_prompts(prompt: Any, embeds: Any) -> tuple[tuple[str, ...] | None, int]:
+    """Check that there is exactly one of prompt and prompt_embeds.
+
+    Returns: the prompts, None for embeddings, and how many there are.
+    """
+    if (prompt is None) == (embeds is None):
+        state = "neither" if prompt is None else "both"
+        raise LdmPipeError(f"{state} of prompt and prompt_embeds given", how_to_fix="give one of them")
+    if prompt is None:
+        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or 0 in embeds.shape:
+            raise LdmPipeError(
+                "prompt_embeds must be a tensor (batch, tokens, channels)", how_to_fix="see pipe.encode_prompt"
+            )
+        return None, embeds.shape[0]
+    if isinstance(prompt, str):
+        return (check_text("prompt", prompt),), 1
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise LdmPipeError(f"prompt is {prompt!r:.80}", how_to_fix="give a string or a list of at least one string")
+    return tuple(check_text(f"prompt {i}", text) for i, text in enumerate(prompt)), len(prompt)
+
+
+def check_negatives(given: Mapping[str, Any], num_prompts: int, *, guided: bool) -> tuple[str, ...]:
+    """Check the negative prompts; one text stands for all."""
+    negative = given["negative_prompt"]
+    if negative is not None and given["negative_prompt_embeds"] is not None:
+        raise LdmPipeError("both of negative_prompt and negative_prompt_embeds given", how_to_fix="give one of them")
+    if negative is None:
+        return ("",) * num_prompts
+    if isinstance(negative, str):
+        negatives: Sequence[Any] = [negative] * num_prompts
+    elif isinstance(negative, (list, tuple)):
+        negatives = negative
+    else:
+        raise LdmPipeError(f"negative_prompt is {negative!r:.80}", how_to_fix="give a string or a list of strings")
+    if len(negatives) != num_prompts:
+        what = f"{len(negatives)} negative prompts for {num_prompts} prompts"
+        raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
+    checked = tuple(check_text(f"negative_prompt {i}", text) for i, text in enumerate(negatives))
+    if any(checked) and not guided:
+        warn_ignored("negative_prompt", "it needs a guidance_scale above 1")
+    return checked
+
+
+def check_embeds(
+    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], num_prompts: int, guided: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check precomputed embeddings: width of the U-Net, one row per prompt, finite numbers."""
+    tokens, null = given["prompt_embeds"], given["negative_prompt_embeds"]
+    if null is not None and not guided:
+        warn_ignored("negative_prompt_embeds", "it needs a guidance_scale above 1")
+    for name, value in (("prompt_embeds", tokens), ("negative_prompt_embeds", null)):
+        if value is None:
+            continue
+        width = pipe.unet.config.get("cross_attention_dim")
+        if (
+            not isinstance(value, Tensor)
+            or not value.is_floating_point()
+            or value.ndim != 3
+            or value.shape[0] != num_prompts
+        ):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise LdmPipeError(f"{name} is {shape}", how_to_fix=f"give a float tensor ({num_prompts}, tokens, {width})")
+        if isinstance(width, int) and value.shape[2] != width:
+            raise LdmPipeError(f"{name} has {value.shape[2]} channels", how_to_fix=f"the U-Net takes {width}")
+        if not bool(torch.isfinite(value).all()):
+            raise LdmPipeError(f"{name} holds NaN or infinity", how_to_fix="encode the prompt anew")
+    if tokens is not None and null is not None and tokens.shape != null.shape:
+        what = f"prompt_embeds {tuple(tokens.shape)} and negative_prompt_embeds {tuple(null.shape)} differ"
+        raise LdmPipeError(what, how_to_fix="give equal shapes")
+    return tokens, null
