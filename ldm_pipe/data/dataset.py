@@ -283,7 +283,7 @@ def _check_rows(
         if source is None:
             report.problems.append(Problem(where, "missing picture", "the picture is null"))
             continue
-        caption: Any = table.columns[caption_column][row] if caption_column else ""
+        caption = table.columns[caption_column][row] if caption_column else ""
         if caption is not None and not isinstance(caption, str):
             report.problems.append(Problem(where, "broken row", f"the caption is {type(caption).__name__}, not text"))
             continue
@@ -291,18 +291,21 @@ def _check_rows(
             if null_captions == "skip":
                 report.problems.append(Problem(where, "null caption"))
                 continue
-            caption = ""
+            text = ""
+        else:
+            text = caption or ""
         try:
             identity = _identity(source, table, row)
         except OSError as error:
             report.problems.append(Problem(where, "missing file", error.strerror or str(error)))
             continue
-        if (identity[0], caption) in seen:
+        picture = identity[0] if isinstance(source, bytes) else str(source.resolve())
+        if (picture, text) in seen:
             report.problems.append(Problem(where, "duplicate", "same picture and same caption as an earlier row"))
             continue
-        seen.add((identity[0], caption))
+        seen.add((picture, text))
         kept.append(row)
-        captions.append(caption)
+        captions.append(text)
         identities.append(identity)
     return kept, captions, identities
 

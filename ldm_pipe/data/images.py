@@ -13,7 +13,18 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageDraw,
+    ImageFont,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from torch import Tensor
 
 from ldm_pipe.pretrained import LdmPipeError
@@ -21,8 +32,9 @@ from ldm_pipe.pretrained import LdmPipeError
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 
 MAX_PIXELS = 50_000_000
-# A fixed list: Pillow also opens formats that start other programs (EPS) or are seldom tested.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# A fixed list: Pillow also opens formats that start other programs (EPS) or are seldom tested. Importing a plugin
+# registers it: given a list, Pillow looks no further than what is registered. JPEG includes MPO.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 WHITE = (255, 255, 255)
 
