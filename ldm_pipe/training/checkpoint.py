@@ -213,7 +213,12 @@ class RunLock:
 
     def __init__(self, run_folder: Path) -> None:
         """Take the lock, or raise LdmPipeError naming its holder."""
-        run_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LdmPipeError(
+                f"cannot be made ({error.strerror})", str(run_folder), "Choose another folder."
+            ) from error
         self.path = run_folder / ".lock"
         mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
         for _ in range(2):
