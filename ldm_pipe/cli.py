@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 EXAMPLES = """examples:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
+    shown, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt:
@@ -42,6 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fault(args, error, error.what, error.how_to_fix, 2, error.where)  # type: ignore[attr-defined]
         what = f"{type(error).__name__}: {error}"
         return _fault(args, error, what, "This is a fault of ldm-pipe: run again with --debug and report it.", 4)
+    finally:
+        warnings.formatwarning = shown
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Print a warning as users read it, without the line of code it came from."""
+    return f"warning: {message}\n"
 
 
 def _fault(args: argparse.Namespace, error: BaseException, what: str, fix: str, code: int, where: str = "") -> int:

@@ -25,6 +25,11 @@ PROMPT = "a golden sample"
 SEED = 0
 NUM_STEPS = 2
 NUM_VALUES = 8
+CHECKED = {
+    "latents": "U-Net, text encoder, tokenizer or scheduler",
+    "pixels": "autoencoder or its scaling_factor",
+    "encoded": "autoencoder's encoder",
+}
 TOLERANCE = 1e-4  # relative to the largest value: fp32 rounding differs between machines by about 1e-6
 
 
@@ -32,7 +37,7 @@ TOLERANCE = 1e-4  # relative to the largest value: fp32 rounding differs between
 def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     """Run two DDIM steps without guidance on the smallest latents the U-Net takes, and decode them.
 
-    Returns: prompt, seed, size, and 8 evenly spread values each of the latents and the pixels.
+    Returns: prompt, seed, size, and 8 evenly spread values each of the latents, the pixels, and the pixels encoded.
     """
     side = max(8, 2 ** (len(pipe.unet.config.block_out_channels) - 1))
     channels, num_extra = (
@@ -46,13 +51,15 @@ def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     steps = pipe.schedule.steps(NUM_STEPS, spacing=pipe.defaults.spacing or pipe.schedule.spacing or "trailing")
     denoise = guidance.cfg(Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction), cond, None, 1.0)
     z = samplers.ddim(denoise, x * steps.init_scale, steps)
+    image = pipe.autoencoder.decode(z.to(pipe.autoencoder.dtype))
     return {
         "prompt": PROMPT,
         "seed": SEED,
         "num_steps": NUM_STEPS,
         "side": side,
         "latents": _spread(z),
-        "pixels": _spread(pipe.autoencoder.decode(z.to(pipe.autoencoder.dtype))),
+        "pixels": _spread(image),
+        "encoded": _spread(pipe.autoencoder.encode(image.clamp(-1, 1))),
     }
 
 
@@ -66,18 +73,14 @@ def check_golden(pipe: LatentDiffusionPipeline, stored: Any, where: str) -> None
 
     Raises: LdmPipeError if the loaded parts do not give the stored numbers.
     """
-    if not isinstance(stored, Mapping) or not all(_is_numbers(stored.get(name)) for name in ("latents", "pixels")):
+    if not isinstance(stored, Mapping) or not all(_is_numbers(stored.get(name)) for name in CHECKED):
         raise LdmPipeError("the golden sample is not of the known form", where, "Save the model anew.")
     fresh = golden_sample(pipe)
-    for name in ("latents", "pixels"):
+    for name in CHECKED:
         wanted, got = torch.tensor(stored[name]).double(), torch.tensor(fresh[name]).double()
         difference = float((wanted - got).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
-            guilty = (
-                "U-Net, text encoder, tokenizer or scheduler"
-                if name == "latents"
-                else "autoencoder or its scaling_factor"
-            )
+            guilty = CHECKED[name]
             what = f"the golden sample's {name} differ by {difference:.2g}: {guilty} is not what was saved"
             raise LdmPipeError(what, where, "Fetch the folder anew, or save it again if it was changed on purpose.")
 

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm_pipe.cli import main
+from ldm_pipe.interop.export import export_diffusers
 
 pytest.importorskip("diffusers", reason="the reference")
 
@@ -61,3 +63,11 @@ def test_the_script_is_the_command() -> None:
     script = Path(__file__).parents[2] / "scripts" / "export_diffusers.py"
     run = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
     assert "source" in run.stdout
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler"])
+def test_every_sampler_exports(tmp_path: Path, sampler: str) -> None:
+    report = export_diffusers(TINY, tmp_path / "out", sampler=sampler, dtype=torch.bfloat16)
+    assert report.difference is not None
+    assert report.difference <= 1e-4
+    assert [line for line in report.warnings if "Deprecat" not in line and "__array__" not in line] == []

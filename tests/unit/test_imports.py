@@ -30,8 +30,8 @@ CORE: dict[str, set[str]] = {
 }
 # Where the three packages meet: the pipeline and what it is made of, the formats, training, the command line.
 MEETING = {
-    "ldm_pipe", "pipeline", "drawing", "request", "request_prompts", "stepping", "golden", "outputs", "pixels", "interop", "training",
-    "metrics", "commands", "cli",
+    "ldm_pipe", "pipeline", "drawing", "request", "request_prompts", "stepping", "golden", "outputs", "pixels",
+    "interop", "training", "metrics", "commands", "cli",
 }  # fmt: skip
 # Costly to import, or not installed with the runtime: never when a module of ours is imported.
 HEAVY = {
