@@ -23,7 +23,9 @@ def mix_caption(name: str, keywords: Sequence[str], rng: random.Random) -> str:
         rng: makes every choice, so the caption is a function of its seed.
     """
     kind = rng.random()
-    others = sorted({str(word) for word in keywords} - {name}, key=lambda _: rng.random())
+    # in the order given: that of a set differs between processes, and with it the captions of a resumed run
+    distinct = dict.fromkeys(str(word) for word in keywords if str(word) != name)
+    others = sorted(distinct, key=lambda _: rng.random())
     if not others or kind < NAME_ALONE:
         parts = [name]
     elif kind < NAME_ALONE + NAME_AND_KEYWORDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,22 @@ def test_a_fresh_process_draws_the_same() -> None:
     code = "from ldm_pipe.training.rng import *; print(key_seed(3, 'noise', 7, 11))"
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(fresh.stdout) == key_seed(3, "noise", 7, 11)
+
+
+def test_captions_are_the_same_in_every_process() -> None:
+    """A resumed run once saw other captions: they were drawn in the order of a set, which differs between processes."""
+    code = """
+from ldm_pipe.data.cache import caption_variants
+from ldm_pipe.data.captions import mix_caption
+print(caption_variants(["apple"] * 20, [["red", "fruit", "tree", "sweet", "round", "red"]] * 20, 4, 0, mix_caption))"""
+    drawn = []
+    for seed in ("0", "1"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        fresh = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+        )
+        drawn.append(fresh.stdout)
+    assert drawn[0] == drawn[1]
 
 
 def test_the_global_generator_is_neither_read_nor_moved() -> None:
