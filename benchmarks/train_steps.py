@@ -3,8 +3,8 @@
     python -m benchmarks.train_steps --side diffusers --model FOLDER --batch 32
 
 Ours is the loop of scripts/train_diffusion.py; diffusers' is the plain loop its examples teach: accelerate,
-DDPMScheduler, AdamW, EMAModel. Both start from the weights of the folder and do the same per step: sample latents from
-their posterior, drop captions, diffuse, predict, squared error, backward, clip, AdamW, average the weights.
+DDPMScheduler, AdamW, EMAModel. Both train the U-Net of the folder's config from fresh weights and do the same per step:
+sample latents from their posterior, drop captions, diffuse, predict, squared error, backward, clip, AdamW, average.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def our_step(model: Path, batch: int, device: str, threads: int) -> Step:
     mean, std, tokens = cached_inputs(model)
     data = DiffusionData(mean, std, tokens, (torch.arange(NUM_ROWS) % (NUM_TEXTS - 1))[:, None])
     schedule = NoiseSchedule.from_config(read_json(model / "scheduler" / "scheduler_config.json"))
-    unet = UNet.from_pretrained(model / "unet", device=device).train()
+    unet = UNet.from_config(read_json(model / "unet" / "config.json")).to(device).train()
     part = Part("unet", unet, lambda micro: loss(micro), optim, EMA_DECAY)
     trainer = Trainer(config, [part], num_items=NUM_ROWS)
     loss = diffusion_loss(
@@ -76,7 +76,7 @@ def diffusers_step(model: Path, batch: int, device: str) -> Step:
 
     accelerator = Accelerator(cpu=device == "cpu")
     noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    unet: Any = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    unet: Any = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / "unet"))
     unet.train()
     ema = EMAModel(unet.parameters(), decay=EMA_DECAY, model_cls=UNet2DConditionModel, model_config=unet.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=DECAY, eps=EPSILON)
