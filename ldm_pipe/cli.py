@@ -8,10 +8,13 @@ Exit codes: 0 done, 2 wrong input, 3 something missing on this machine, 4 a faul
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 EXAMPLES = """examples:
   ldm-pipe generate "red apple" --seed 7 -n 4 -o out.png --grid
@@ -24,7 +27,22 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; without arguments, run that of the process and end it."""
+    code = _run(argv)
+    if argv is None:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: to take an interpreter with torch apart costs 0.3 s and 60 MB more."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):

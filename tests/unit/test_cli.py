@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from argparse import Namespace
@@ -149,3 +150,18 @@ def test_unreadable_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     path.write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
     assert main(["info", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argument", "code"), [(".", 0), ("no-such-folder/at/all", 2)])
+def test_a_command_leaves_at_once_with_its_code_and_all_it_printed(argument: str, code: int) -> None:
+    argument = str(Path(__file__).parents[1] / "data" / "tiny_pipeline") if argument == "." else argument
+    script = (
+        "import atexit, sys; from ldm_pipe.cli import main; atexit.register(lambda: print('taken apart'))\n"
+        f"sys.argv = ['ldm-pipe', 'info', '--json', {argument!r}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    if code == 0:
+        assert json.loads(done.stdout)["parameters"]["unet"] > 0  # all of it, through a pipe, and nothing after
+    else:
+        assert done.stderr.startswith("error:")
