@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # a CLIP vocabulary is 1 MB; more than this is not a config
 MAX_JSON_DEPTH = 32
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 ModuleT = TypeVar("ModuleT", bound="PretrainedModule")
 
@@ -147,8 +152,18 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     atomic_write(path, safetensors_bytes(whole, {"format": "pt", **(metadata or {})}))
 
 
+def _read_tensor(stream: BinaryIO, start: int, entry: Mapping[str, Any]) -> Tensor:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(f"a tensor of type {entry['dtype']}")
+    tensor = torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
+    stream.seek(start + entry["data_offsets"][0])
+    if stream.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
+        raise ValueError("the file ends too early")
+    return tensor
+
+
 def load_tensors(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file tensor by tensor, as pages of a mapped file stay beside what is made of them.
 
     Raises: LdmPipeError naming the file if it is missing, truncated or of another format.
     """
@@ -156,8 +171,11 @@ def load_tensors(path: str | Path, *, device: str | torch.device = "cpu") -> dic
     if not path.is_file():
         raise LdmPipeError("the file does not exist", str(path))
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        with safe_open(str(path), framework="pt"), path.open("rb") as stream:  # the former checks the header
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(start - 8))
+            header.pop("__metadata__", None)
+            return {name: _read_tensor(stream, start, entry).to(device) for name, entry in header.items()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch or export it anew.") from None
 
@@ -180,7 +198,9 @@ def resolve_folder(
     looked = f"no folder {path.absolute()}"
     name = str(name_or_path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise LdmPipeError(f"{looked}, and this is not a hub id", where, "Give a folder, or a hub id such as 'owner/name'.")
+        raise LdmPipeError(
+            f"{looked}, and this is not a hub id", where, "Give a folder, or a hub id such as 'owner/name'."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -191,7 +211,7 @@ def resolve_folder(
         )
     except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
         raise LdmPipeError(f"{looked}, and the hub has none to give ({type(error).__name__})", where, advice) from None
-    except Exception as error:  # the hub client's network errors share no base class
+    except Exception as error:  # noqa: BLE001  (the hub client's network errors share no base class)
         asked = "only its local cache was allowed" if local_files_only else f"not reachable: {type(error).__name__}"
         raise LdmPipeError(f"{looked}, and not from the Hugging Face hub ({asked})", where, advice) from None
     return Path(found)
@@ -219,8 +239,12 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
     if problems:
         advice = "The weights belong to another config or another model."
         raise LdmPipeError(f"{len(problems)} tensors do not fit: {_first_ten(problems)}", where, advice)
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value.sum()))]
-    bad = [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a finite half tensor's sum may overflow
+    bad = [
+        name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value.sum()))
+    ]
+    bad = [
+        name for name in bad if not bool(torch.isfinite(tensors[name]).all())
+    ]  # a finite half tensor's sum may overflow
     if bad:
         raise LdmPipeError(f"NaN or infinity in {_first_ten(bad)}", where, "Use an earlier checkpoint.")
 
@@ -297,8 +321,10 @@ class PretrainedModule(nn.Module):
         tensors = cls.rename_keys(load_folder_tensors(root, cls.weights_name, variant, device=device))
         check_tensors(module, tensors, str(root))
         dtype = dtype or torch.float32
-        cast_tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        module.load_state_dict(cast_tensors, assign=True, strict=True)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[name] = tensor.to(dtype)
+        module.load_state_dict(tensors, assign=True, strict=True)
         stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
         if stranded:
             raise LdmPipeError(f"buffers without values after loading: {stranded}", cls.__name__)

@@ -251,3 +251,30 @@ def test_what_diffusers_cannot_represent_is_told_or_refused() -> None:
     pipe.text_encoders = (*pipe.text_encoders, *pipe.text_encoders)
     with pytest.raises(LdmPipeError, match="2 text encoders"):
         check_representable(pipe, "ddim")
+
+
+def test_tensors_of_every_type_and_shape_are_read_back(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
+    types += [torch.int8, torch.uint8, torch.bool]
+    wanted = {str(d): (torch.randn(3, 5, generator=generator) * 9).abs().to(d) for d in types}
+    wanted |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
+    save_tensors(tmp_path / "x.safetensors", wanted, {"note": "not a tensor"})
+    found = load_tensors(tmp_path / "x.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items())
+    for path in tmp_path.iterdir():  # what was read stays what it was, whatever becomes of the file
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(found[n], t) for n, t in wanted.items())
+
+
+def test_unknown_types_and_cut_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.zeros(4).to(torch.float8_e4m3fn)})
+    with pytest.raises(LdmPipeError, match="F8_E4M3"):
+        load_tensors(path)
+    save_tensors(path, {"a": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LdmPipeError, match="not a whole safetensors file"):
+        load_tensors(path)
