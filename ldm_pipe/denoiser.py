@@ -74,6 +74,7 @@ class Denoiser:
         Raises: LdmPipeError for eps with a schedule that reaches alpha = 0, where eps says nothing about x0.
         """
         self.net = net
+        self._kept: tuple[Tensor, int, Any] | None = None  # tokens, their version, what the network keeps of them
         self.schedule = schedule
         self.prediction: Prediction = schedule.prediction if prediction is None else prediction
         if self.prediction == "eps" and float(schedule.alpha(schedule.num_train_timesteps - 1)) == 0:
@@ -94,17 +95,20 @@ class Denoiser:
         Returns: the raw prediction in the dtype of the frame, shape (B, *).
         """
         frame = _frame_dtype(x_t)
-        slots: dict[str, Tensor | None] = {}
+        slots: dict[str, Any] = {}
         if cond is not None:
             slots = {
-                "tokens": cond.tokens,
+                "tokens": self._keep(cond.tokens),
                 "token_mask": cond.token_mask,
                 "pooled": cond.pooled,
                 "spatial": cond.spatial,
                 "labels": cond.labels,
             }
         time = t.to(device=x_t.device, dtype=torch.float32)
-        output = self.net(x_t.to(parameter_dtype(self.net, frame)), time, **slots).to(frame)
+        # Leaner than no_grad; the copy is an ordinary tensor again, which a callback may change.
+        with torch.inference_mode(not torch.is_grad_enabled()):
+            output = self.net(x_t.to(parameter_dtype(self.net, frame)), time, **slots)
+        output = output.to(frame, copy=not torch.is_grad_enabled())
         if output.shape != x_t.shape:
             raise LdmPipeError(
                 f"the network maps {tuple(x_t.shape)} to {tuple(output.shape)}",
@@ -112,6 +116,15 @@ class Denoiser:
                 how_to_fix="its output needs the shape of its input",
             )
         return output
+
+    def _keep(self, tokens: Tensor | None) -> Any:
+        """Let the network keep what it makes of the tokens, as long as they stay the same from step to step."""
+        keep = getattr(self.net, "keep_tokens", None)
+        if tokens is None or keep is None or torch.is_grad_enabled() or tokens.is_inference():
+            return tokens
+        if self._kept is None or self._kept[0] is not tokens or self._kept[1] != tokens._version:
+            self._kept = (tokens, tokens._version, keep(tokens))
+        return self._kept[2]
 
     def to_denoised(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
         """Turn a raw prediction at (x_t, t) into x0."""

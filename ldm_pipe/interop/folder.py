@@ -148,6 +148,7 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
     common: dict[str, Any] = {"dtype": dtype, "variant": variant}
     with _config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", **common)
+        unet.to(memory_format=torch.channels_last)  # convolutions over such weights are faster, but for training
     with _config_errors(root / "vae"):
         autoencoder = AutoencoderKL.from_pretrained(root / "vae", **common)
     with _config_errors(root / "text_encoder"):

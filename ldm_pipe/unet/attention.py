@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.unet.layers import GroupNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]  # q, k, v (B, L, H, D), bias (B, 1, 1, L)
 
@@ -95,6 +96,27 @@ class Attention(nn.Module):
         return self.to_out[0](out.reshape(x.shape))
 
 
+class Tokens:
+    """The tokens of a condition (B, L, D), as attention reads them.
+
+    With `keep`, keys and values are computed once for all steps on the same tokens; not under autograd, where every
+    evaluation needs a graph of its own.
+    """
+
+    def __init__(self, tensor: Tensor, *, keep: bool = False) -> None:
+        """Hold the tokens."""
+        self.tensor, self.keep = tensor, keep
+        self._made: dict[Attention, tuple[Tensor, Tensor]] = {}
+
+    def keys_values(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return what an attention makes of the tokens."""
+        if not self.keep:
+            return attention.keys_values(self.tensor)
+        if attention not in self._made:
+            self._made[attention] = attention.keys_values(self.tensor)
+        return self._made[attention]
+
+
 class GEGLU(nn.Module):
     """value * gelu(gate), both from one projection (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
@@ -139,13 +161,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, tokens: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
         if self.attn1.is_cross:
-            x = x + self.attn1(self.norm1(x), self.attn1.keys_values(tokens), bias)
+            x = x + self.attn1(self.norm1(x), tokens.keys_values(self.attn1), bias)
         else:
             x = x + self.attn1(self.norm1(x), None, None)
-        x = x + self.attn2(self.norm2(x), self.attn2.keys_values(tokens), bias)
+        x = x + self.attn2(self.norm2(x), tokens.keys_values(self.attn2), bias)
         return x + self.ff(self.norm3(x))
 
 
@@ -167,14 +189,14 @@ class SpatialTransformer(nn.Module):
         """Build norm, projection in, blocks, projection out; `linear` says how the projections are stored."""
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(num_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, token_dim, only_cross=only_cross, upcast=upcast) for _ in range(depth)
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, tokens: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
         """Map features (B, C, h, w) to the same shape."""
         batch, channels, height, width = x.shape
         h = self.norm(x)

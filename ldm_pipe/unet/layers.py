@@ -12,9 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+def silu(x: Tensor) -> Tensor:
+    """Apply SiLU; it only ever sees the fresh output of a norm, hence in place where no gradient is kept."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
+    "silu": silu,
+    "swish": silu,
     "gelu": F.gelu,
     "mish": F.mish,
     "relu": F.relu,
@@ -52,6 +58,19 @@ class VectorEmbedding(nn.Module):
         return self.linear_2(self.activation(self.linear_1(x)))
 
 
+def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a 1x1 convolution as the matrix product it is: (B, C, h, w) to (B, C', h, w), channels last in memory."""
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's own, fed channel by channel: its kernel for channels-last features takes up to ten times as long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        return super().forward(x.contiguous())
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions, the embedding of t added between them (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
 
@@ -69,10 +88,10 @@ class ResidualBlock(nn.Module):
     ) -> None:
         """Build the block; the sum is divided by `scale_factor`."""
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_dim, out_channels)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.activation = ACTIVATIONS[activation]
@@ -86,7 +105,7 @@ class ResidualBlock(nn.Module):
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout)
         h = self.conv2(h)
-        x = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        x = (x if self.conv_shortcut is None else pointwise(self.conv_shortcut, x)) + h
         return x if self.scale_factor == 1.0 else x / self.scale_factor
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
-from ldm_pipe.unet.attention import Attention, SpatialTransformer, choose_attention, mask_to_bias
+from ldm_pipe.unet.attention import Attention, SpatialTransformer, Tokens, choose_attention, mask_to_bias
 from ldm_pipe.unet.config import DEFAULTS, read_config, write_config
-from ldm_pipe.unet.layers import ACTIVATIONS, Downsample, ResidualBlock, Upsample, VectorEmbedding, sinusoid
+from ldm_pipe.unet.layers import ACTIVATIONS, Downsample, GroupNorm, ResidualBlock, Upsample, VectorEmbedding, sinusoid
 from ldm_pipe.unet.spec import EmbeddingSpec, LevelSpec, UNetSpec
 
 
@@ -41,13 +41,13 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([resampler] if isinstance(resampler, Downsample) else [])
         self.upsamplers = nn.ModuleList([resampler] if isinstance(resampler, Upsample) else [])
 
-    def _run(self, module: nn.Module, *args: Tensor | None) -> Tensor:
+    def _run(self, module: nn.Module, *args: Tensor | Tokens | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(module, *args, use_reentrant=False))
         return cast(Tensor, module(*args))
 
     def forward(
-        self, x: Tensor, emb: Tensor, tokens: Tensor | None, bias: Tensor | None, skips: list[Tensor]
+        self, x: Tensor, emb: Tensor, tokens: Tokens | None, bias: Tensor | None, skips: list[Tensor]
     ) -> Tensor:
         """Map features; the way down appends what it leaves to `skips`, the way up takes it from there."""
         for i, resnet in enumerate(self.resnets):
@@ -190,7 +190,7 @@ class UNet(PretrainedModule):
         self.down_blocks = nn.ModuleList(_down_stage(spec, i) for i in indices)
         self.mid_block = None if spec.mid.kind == "none" else _mid_stage(spec)
         self.up_blocks = nn.ModuleList(_up_stage(spec, i) for i in reversed(indices))
-        self.conv_norm_out = nn.GroupNorm(spec.num_groups, first, eps=spec.norm_eps)
+        self.conv_norm_out = GroupNorm(spec.num_groups, first, eps=spec.norm_eps)
         self.conv_out = nn.Conv2d(first, spec.out_channels, spec.out_kernel, padding=(spec.out_kernel - 1) // 2)
 
     @classmethod
@@ -226,7 +226,7 @@ class UNet(PretrainedModule):
         """Embed t, and what is added to it: (B, E)."""
         spec = self.spec.embedding
         dim = self.spec.levels[0].channels
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        t = torch.as_tensor(t, device=x.device).reshape(-1)  # one row for all, where t is one for all
         frequencies = {"flip_sin_to_cos": spec.flip_sin_to_cos, "freq_shift": spec.freq_shift}
         emb = self.time_embedding(sinusoid(t, dim, **frequencies).to(x.dtype))
         if self.class_embedding is not None:
@@ -237,7 +237,7 @@ class UNet(PretrainedModule):
             else:
                 given = _needed(pooled, "pooled", f"class_embed_type {spec.class_kind!r}").to(x.dtype)
             extra = self.class_embedding(given)
-            emb = torch.cat([emb, extra], dim=-1) if spec.concat_class else emb + extra
+            emb = torch.cat([emb.expand_as(extra), extra], dim=-1) if spec.concat_class else emb + extra
         elif spec.number_dim:
             vector = _needed(pooled, "pooled", "addition_embed_type 'text_time'")
             numbers = sinusoid(
@@ -251,7 +251,7 @@ class UNet(PretrainedModule):
         x_t: Tensor,
         t: Tensor | float,
         *,
-        tokens: Tensor | None = None,
+        tokens: Tensor | Tokens | None = None,
         token_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         spatial: Tensor | None = None,
@@ -262,7 +262,7 @@ class UNet(PretrainedModule):
         Args:
             x_t: noisy latents, shape (B, C, h, w).
             t: network time, shape () or (B,).
-            tokens: shape (B, L, D); needed by every level with attention.
+            tokens: shape (B, L, D), or what `keep_tokens` made of them; needed by every level with attention.
             token_mask: shape (B, L), true or 1 = keep.
             pooled: shape (B, P); read by SDXL kinds and by class_embed_type "projection" kinds, else not looked at.
             spatial: joined to x_t along the channels, shape (B, K, h, w), C + K = in_channels.
@@ -291,14 +291,23 @@ class UNet(PretrainedModule):
             x = stage(x, emb, tokens, bias, skips)
         return self.conv_out(ACTIVATIONS[self.spec.activation](self.conv_norm_out(x)))
 
-    def _prepare_tokens(self, tokens: Tensor | None, token_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if tokens is None:
-            if any(isinstance(module, Attention) for module in self.modules()):
-                raise LdmPipeError("tokens are missing", "U-Net", "Give the encoded prompt as tokens (B, L, D).")
-            return None, None
+    def keep_tokens(self, tokens: Tensor) -> Tokens:
+        """Take the tokens (B, L, D) of many evaluations; each attention computes its keys and values once."""
+        return Tokens(self._project_tokens(tokens), keep=True)
+
+    def _project_tokens(self, tokens: Tensor) -> Tensor:
         width = self.spec.token_dim or self.spec.levels[0].cross_dim
         if tokens.ndim != 3 or tokens.shape[-1] != width:
             what = f"tokens of shape {tuple(tokens.shape)}, expected (B, L, {width})"
             raise LdmPipeError(what, "U-Net", "Use the text encoder that this U-Net was trained with.")
-        bias = None if token_mask is None else mask_to_bias(token_mask, tokens.dtype)
-        return (self.encoder_hid_proj(tokens) if self.spec.token_dim else tokens), bias
+        return self.encoder_hid_proj(tokens) if self.spec.token_dim else tokens
+
+    def _prepare_tokens(
+        self, tokens: Tensor | Tokens | None, token_mask: Tensor | None
+    ) -> tuple[Tokens | None, Tensor | None]:
+        if tokens is None:
+            if any(isinstance(module, Attention) for module in self.modules()):
+                raise LdmPipeError("tokens are missing", "U-Net", "Give the encoded prompt as tokens (B, L, D).")
+            return None, None
+        prepared = tokens if isinstance(tokens, Tokens) else Tokens(self._project_tokens(tokens))
+        return prepared, None if token_mask is None else mask_to_bias(token_mask, prepared.tensor.dtype)

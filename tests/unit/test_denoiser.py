@@ -82,3 +82,52 @@ def test_the_frame_is_float32_whatever_the_network_runs_in(dtype: torch.dtype) -
 def test_an_output_of_another_shape_is_refused() -> None:
     with pytest.raises(LdmPipeError, match="shape"):
         Denoiser(lambda x, t: x.repeat(1, 2), NoiseSchedule())(normal(2, 3), torch.tensor(5))
+
+
+class KeepingNet:
+    """A network that sums its tokens, and counts how often it was given new ones to keep."""
+
+    def __init__(self) -> None:
+        self.num_kept = 0
+
+    def keep_tokens(self, tokens: Tensor) -> Tensor:
+        self.num_kept += 1
+        return tokens.sum()
+
+    def __call__(self, x: Tensor, t: Tensor, *, tokens: Tensor, **slots: Any) -> Tensor:
+        return x + tokens.sum()
+
+
+def test_tokens_are_kept_until_they_change() -> None:
+    net = KeepingNet()
+    denoiser, x, t = Denoiser(net, NoiseSchedule(), "x0"), torch.zeros(1, 2), torch.tensor(3.0)
+    cond: Any = SimpleNamespace(**dict.fromkeys(SLOTS))
+    cond.tokens = torch.ones(1, 4)
+    with torch.no_grad():
+        assert [float(denoiser(x, t, cond).x0[0, 0]) for _ in range(3)] == [4.0] * 3
+        assert net.num_kept == 1
+        cond.tokens += 1  # in place, as a callback may
+        assert float(denoiser(x, t, cond).x0[0, 0]) == 8.0
+        cond.tokens = torch.full((1, 4), 3.0)
+        assert float(denoiser(x, t, cond).x0[0, 0]) == 12.0
+    assert net.num_kept == 3
+
+
+def test_gradients_pass_to_x_and_tokens() -> None:
+    cond: Any = SimpleNamespace(**dict.fromkeys(SLOTS))
+    cond.tokens = torch.ones(1, 4, requires_grad=True)
+    x: Any = torch.zeros(1, 2, requires_grad=True)
+    net = KeepingNet()
+    Denoiser(net, NoiseSchedule(), "x0")(x, torch.tensor(3.0), cond).x0.sum().backward()
+    assert net.num_kept == 0
+    assert cond.tokens.grad.tolist() == [[2.0] * 4]
+    assert x.grad.tolist() == [[1.0] * 2]
+
+
+def test_an_estimate_may_be_changed_in_place() -> None:
+    layer = nn.Linear(3, 3)
+    denoiser = Denoiser(lambda x, t, **_: layer(x), NoiseSchedule(), "x0")
+    with torch.no_grad():
+        x0 = denoiser(normal(2, 3), torch.tensor(3.0)).x0
+        x0.mul_(2)
+    (x0 * torch.ones(3, requires_grad=True)).sum().backward()

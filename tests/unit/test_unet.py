@@ -276,3 +276,41 @@ def test_attention_chosen_by_name_is_the_one_that_runs(monkeypatch: pytest.Monke
         torch.testing.assert_close(net(x, T, tokens=tokens, token_mask=mask), expected, rtol=1e-5, atol=1e-5)
     assert set(shapes) == {None, (2, 2, 64, 5), (2, 2, 16, 5)}  # the first level and the middle
     copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_kept_tokens_give_the_same_bits_and_are_projected_once(linear: bool) -> None:
+    net = _tiny(use_linear_projection=linear)
+    x, tokens = _numbers(1, 2, 4, 8, 8), _numbers(2, 2, 5, 12)
+    layers = [m for m in net.modules() if isinstance(m, Attention) and m.is_cross]
+    calls: list[int] = []
+    for layer in layers:
+        layer.to_k.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        kept = net.keep_tokens(tokens)
+        for t in (T, T / 2):
+            assert torch.equal(net(x, t, tokens=kept), net(x, t, tokens=tokens))
+    assert len(calls) == 3 * len(layers)  # once for the kept ones, once in each of the two plain evaluations
+
+
+def test_kept_tokens_are_checked_like_others() -> None:
+    with pytest.raises(LdmPipeError, match="expected"):
+        _tiny().keep_tokens(_numbers(2, 2, 5, 13))
+
+
+@pytest.mark.parametrize("changes", [{}, {"class_embed_type": "timestep", "class_embeddings_concat": True}])
+def test_one_time_for_all_is_that_time_for_each(changes: dict[str, Any]) -> None:
+    net, x, tokens = _tiny(**changes), _numbers(1, 3, 4, 8, 8), _numbers(2, 3, 5, 12)
+    slots = {"tokens": tokens, "labels": torch.tensor([1.0, 2.0, 3.0]) if changes else None}
+    with torch.no_grad():
+        together = net(x, torch.tensor(7.0), **slots)
+        assert torch.allclose(together, net(x, torch.full((3,), 7.0), **slots), atol=1e-5)
+
+
+def test_the_layout_of_weights_and_features_does_not_matter() -> None:
+    net, x, tokens = _tiny(), _numbers(1, 2, 4, 8, 8), _numbers(2, 2, 5, 12)
+    with torch.no_grad():
+        wanted = net(x, T, tokens=tokens)
+        net.to(memory_format=torch.channels_last)
+        assert torch.allclose(net(x, T, tokens=tokens), wanted, atol=1e-5)
+        assert torch.allclose(net(x.to(memory_format=torch.channels_last), T, tokens=tokens), wanted, atol=1e-5)
