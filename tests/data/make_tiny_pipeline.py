@@ -1,6 +1,7 @@
 """Make tests/data/tiny_pipeline: every real component, random weights, a few hundred kB.
 
-The folder is frozen: it is the old checkpoint that must go on loading. Make a new one beside it when the format changes.
+The folder is frozen: it is the old checkpoint that must go on loading. When the format changes, make a new one beside
+it.
 """
 
 from __future__ import annotations
