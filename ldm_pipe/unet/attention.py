@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.unet.kept import Kept
 from ldm_pipe.unet.layers import GroupNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]  # q, k, v (B, L, H, D), bias (B, 1, 1, L)
@@ -96,27 +97,6 @@ class Attention(nn.Module):
         return self.to_out[0](out.reshape(x.shape))
 
 
-class Tokens:
-    """The tokens of a condition (B, L, D), as attention reads them.
-
-    With `keep`, keys and values are computed once for all steps on the same tokens; not under autograd, where every
-    evaluation needs a graph of its own.
-    """
-
-    def __init__(self, tensor: Tensor, *, keep: bool = False) -> None:
-        """Hold the tokens."""
-        self.tensor, self.keep = tensor, keep
-        self._made: dict[Attention, tuple[Tensor, Tensor]] = {}
-
-    def keys_values(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Return what an attention makes of the tokens."""
-        if not self.keep:
-            return attention.keys_values(self.tensor)
-        if attention not in self._made:
-            self._made[attention] = attention.keys_values(self.tensor)
-        return self._made[attention]
-
-
 class GEGLU(nn.Module):
     """value * gelu(gate), both from one projection (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
@@ -161,13 +141,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, kept: Kept, bias: Tensor | None) -> Tensor:
         """Map (B, N, C) to (B, N, C)."""
         if self.attn1.is_cross:
-            x = x + self.attn1(self.norm1(x), tokens.keys_values(self.attn1), bias)
+            x = x + self.attn1(self.norm1(x), self.attn1.keys_values(kept.tokens), bias)
         else:
             x = x + self.attn1(self.norm1(x), None, None)
-        x = x + self.attn2(self.norm2(x), tokens.keys_values(self.attn2), bias)
+        x = x + self.attn2(self.norm2(x), kept.once(self.attn2, lambda: self.attn2.keys_values(kept.tokens)), bias)
         return x + self.ff(self.norm3(x))
 
 
@@ -196,7 +176,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, kept: Kept, bias: Tensor | None) -> Tensor:
         """Map features (B, C, h, w) to the same shape."""
         batch, channels, height, width = x.shape
         h = self.norm(x)
@@ -205,7 +185,7 @@ class SpatialTransformer(nn.Module):
         else:
             h = self.proj_in(h).permute(0, 2, 3, 1).reshape(batch, height * width, channels)  # (B, hw, C)
         for block in self.transformer_blocks:
-            h = block(h, tokens, bias)
+            h = block(h, kept, bias)
         if self.linear:
             h = self.proj_out(h)
         h = h.view(batch, height, width, channels).permute(0, 3, 1, 2)  # (B, C, h, w), channels last in memory

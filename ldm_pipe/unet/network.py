@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
-from ldm_pipe.unet.attention import Attention, SpatialTransformer, Tokens, choose_attention, mask_to_bias
+from ldm_pipe.unet.attention import Attention, SpatialTransformer, choose_attention, mask_to_bias
 from ldm_pipe.unet.config import DEFAULTS, read_config, write_config
+from ldm_pipe.unet.kept import Kept
 from ldm_pipe.unet.layers import ACTIVATIONS, Downsample, GroupNorm, ResidualBlock, Upsample, VectorEmbedding, sinusoid
 from ldm_pipe.unet.spec import EmbeddingSpec, LevelSpec, UNetSpec
 
@@ -41,28 +42,26 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([resampler] if isinstance(resampler, Downsample) else [])
         self.upsamplers = nn.ModuleList([resampler] if isinstance(resampler, Upsample) else [])
 
-    def _run(self, module: nn.Module, *args: Tensor | Tokens | None) -> Tensor:
+    def _run(self, module: nn.Module, *args: Tensor | Kept | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(module, *args, use_reentrant=False))
         return cast(Tensor, module(*args))
 
-    def forward(
-        self, x: Tensor, emb: Tensor, tokens: Tokens | None, bias: Tensor | None, skips: list[Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, kept: Kept | None, bias: Tensor | None, skips: list[Tensor]) -> Tensor:
         """Map features; the way down appends what it leaves to `skips`, the way up takes it from there."""
         for i, resnet in enumerate(self.resnets):
             if self.direction == "up":
                 x = torch.cat([x, skips.pop()], dim=1)
             x = self._run(resnet, x, emb)
             if i < len(self.attentions):
-                x = self._run(self.attentions[i], x, tokens, bias)
+                x = self._run(self.attentions[i], x, kept, bias)
             if self.direction == "down":
                 skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
             skips.append(x)
         for upsampler in self.upsamplers:
-            x = upsampler(x, skips[-1].shape[-2:])
+            x = upsampler(x, tuple(skips[-1].shape[-2:]), kept)
         return x
 
 
@@ -251,7 +250,7 @@ class UNet(PretrainedModule):
         x_t: Tensor,
         t: Tensor | float,
         *,
-        tokens: Tensor | Tokens | None = None,
+        tokens: Tensor | Kept | None = None,
         token_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         spatial: Tensor | None = None,
@@ -280,20 +279,20 @@ class UNet(PretrainedModule):
         if labels is not None and self.class_embedding is None and not self.spec.embedding.number_dim:
             raise LdmPipeError("labels were given, but this U-Net reads none", "U-Net", "Leave labels out.")
         emb = ACTIVATIONS[self.spec.activation](self._embed(x, t, pooled, labels))  # every residual block starts so
-        tokens, bias = self._prepare_tokens(tokens, token_mask)
+        kept, bias = self._prepare_tokens(tokens, token_mask)
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
-            x = stage(x, emb, tokens, bias, skips)
+            x = stage(x, emb, kept, bias, skips)
         if self.mid_block is not None:
-            x = self.mid_block(x, emb, tokens, bias, skips)
+            x = self.mid_block(x, emb, kept, bias, skips)
         for stage in self.up_blocks:
-            x = stage(x, emb, tokens, bias, skips)
+            x = stage(x, emb, kept, bias, skips)
         return self.conv_out(ACTIVATIONS[self.spec.activation](self.conv_norm_out(x)))
 
-    def keep_tokens(self, tokens: Tensor) -> Tokens:
-        """Take the tokens (B, L, D) of many evaluations; each attention computes its keys and values once."""
-        return Tokens(self._project_tokens(tokens), keep=True)
+    def keep_tokens(self, tokens: Tensor) -> Kept:
+        """Take the tokens (B, L, D) of many evaluations with the same weights: what these share is computed once."""
+        return Kept(self._project_tokens(tokens), keep=True)
 
     def _project_tokens(self, tokens: Tensor) -> Tensor:
         width = self.spec.token_dim or self.spec.levels[0].cross_dim
@@ -303,11 +302,11 @@ class UNet(PretrainedModule):
         return self.encoder_hid_proj(tokens) if self.spec.token_dim else tokens
 
     def _prepare_tokens(
-        self, tokens: Tensor | Tokens | None, token_mask: Tensor | None
-    ) -> tuple[Tokens | None, Tensor | None]:
+        self, tokens: Tensor | Kept | None, token_mask: Tensor | None
+    ) -> tuple[Kept | None, Tensor | None]:
         if tokens is None:
             if any(isinstance(module, Attention) for module in self.modules()):
                 raise LdmPipeError("tokens are missing", "U-Net", "Give the encoded prompt as tokens (B, L, D).")
             return None, None
-        prepared = tokens if isinstance(tokens, Tokens) else Tokens(self._project_tokens(tokens))
-        return prepared, None if token_mask is None else mask_to_bias(token_mask, prepared.tensor.dtype)
+        kept = tokens if isinstance(tokens, Kept) else Kept(self._project_tokens(tokens), keep=False)
+        return kept, None if token_mask is None else mask_to_bias(token_mask, kept.tokens.dtype)
