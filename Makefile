@@ -83,7 +83,7 @@ format: $(VENV)/.dev
 	$(BIN)/python -m ruff check --fix .
 
 bench: $(VENV)/.test
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/against_diffusers.py
 
 train-emoji: $(VENV)/.test
 	$(BIN)/python scripts/train_clip.py --config configs/emoji/clip.yaml
