@@ -200,6 +200,9 @@ def train_bpe(
         min_frequency=min_frequency,
         end_of_word_suffix=WORD_END,
         initial_alphabet=shown,
+        # Numbers the symbols beforehand: the trainer breaks ties by number, and would number them in the order of a
+        # hash map, another one in every process.
+        special_tokens=fixed,
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)

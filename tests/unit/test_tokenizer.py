@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,18 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_vocabulary_too_small_is_refused() -> None:
     with pytest.raises(LdmPipeError, match="514"):
         train_bpe(CAPTIONS, 300)
+
+
+def test_training_twice_gives_the_same_merges_in_every_process() -> None:
+    """The library's trainer breaks ties in the order of a hash map, another one in every process, if it is let."""
+    code = (
+        "from conditioning.tokenizer import train_bpe\n"
+        "words = [a + b + c for a in 'bcdfgh' for b in 'aeiou' for c in 'klmnp']\n"
+        "print(train_bpe(words, 700, min_frequency=1).merges)"
+    )
+    printed = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    }
+    assert len(printed) == 1
+    assert printed != {"[]\n"}
