@@ -36,6 +36,7 @@ from ldm_pipe.metrics.images import psnr, ssim
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
+from ldm_pipe.training.config import run_script
 from ldm_pipe.training.environment import git_commit, hardware
 
 NOTO = "data/emoji/data/noto"
@@ -294,7 +295,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LdmPipeError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -7,7 +7,6 @@ Writes `<output_dir>/vae` (config.json, weights, measured latent scale), checkpo
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -16,9 +15,8 @@ from torch import Tensor
 from autoencoder import AutoencoderKL, PatchDiscriminator
 from autoencoder.losses import Features
 from ldm_pipe.data.images import make_grid, to_pil
-from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.autoencoder import AutoencoderConfig, autoencoder_parts, latent_statistics
-from ldm_pipe.training.config import parse_config
+from ldm_pipe.training.config import parse_config, run_script
 from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.loop import Trainer
 from ldm_pipe.training.pictures import PictureSource, drawing_weights, open_records
@@ -100,7 +98,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LdmPipeError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import math
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from conditioning.contrastive import ImageTower, contrastive_loss
 from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import StrictModel, dump_config, parse_config
+from ldm_pipe.training.config import StrictModel, dump_config, parse_config, run_script
 from ldm_pipe.training.rng import key_seed
 
 VARIANTS = ("is_skin_tone_variant", "is_gender_variant", "is_flag")
@@ -221,7 +220,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LdmPipeError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

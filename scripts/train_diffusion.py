@@ -8,7 +8,6 @@ EMA weights that `LatentDiffusionPipeline.from_pretrained` reads, beside checkpo
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -22,9 +21,8 @@ from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import make_grid
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pipeline import LatentDiffusionPipeline
-from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import NoiseSchedule, Prediction
-from ldm_pipe.training.config import parse_config
+from ldm_pipe.training.config import parse_config, run_script
 from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, diffusion_loss
 from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.loop import Part, Trainer
@@ -125,7 +123,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LdmPipeError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

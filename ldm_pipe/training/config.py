@@ -6,7 +6,8 @@ Unknown keys, wrong types and wrong choices are refused with the path of the key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -201,3 +202,13 @@ def config_changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -
         else:
             lines.append(f"{name}: {a!r} -> {b!r}")
     return lines
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's main with the command line; bad input is three lines and exit code 2, not a traceback."""
+    try:
+        main(sys.argv[1:])
+    except LdmPipeError as error:
+        lines = [f"error: {error.what}", error.where and f"where: {error.where}", error.how_to_fix]
+        print("\n".join(line for line in lines if line), file=sys.stderr)  # noqa: T201  (the scripts' voice)
+        sys.exit(2)
