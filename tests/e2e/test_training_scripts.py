@@ -171,7 +171,6 @@ def test_two_steps_of_each_stage_give_a_pipeline_that_draws(tmp_path: Path, draw
     again = script("scripts/train_diffusion.py", "--config", config, check=False)
     assert again.returncode == 2
     assert any(line.startswith("error: ") for line in again.stderr.splitlines())
-    assert "Traceback" not in again.stderr
     assert "--resume_from_checkpoint latest" in again.stderr
     assert "Traceback" not in again.stderr
 
