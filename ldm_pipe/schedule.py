@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -33,10 +33,11 @@ class Steps:
     exists only to repeat what a peer does (`NoiseSchedule.steps(arrival="stride")`).
 
     Attributes:
-        t: network times, shape (n + 1,); the last one is never shown to the network.
+        t: times of the noise law, shape (n + 1,); the last one is never shown to the network.
         alpha: shape (n + 1,); the last one is 1.
         sigma: shape (n + 1,); the last one is 0.
         init_scale: what unit Gaussian noise is multiplied with to start at row 0.
+        levels: the law itself, half_log_snr -> (t, alpha, sigma); see `at`.
     """
 
     t: Tensor
@@ -45,6 +46,7 @@ class Steps:
     init_scale: float = 1.0
     next_alpha: Tensor | None = None
     next_sigma: Tensor | None = None
+    levels: Callable[[float], tuple[float, float, float]] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.t.shape == self.alpha.shape == self.sigma.shape and self.t.ndim == 1
@@ -70,6 +72,23 @@ class Steps:
         rows = zip(self.alpha.tolist(), self.sigma.tolist(), next_alpha.tolist(), next_sigma.tolist(), strict=False)
         for t, (alpha_t, sigma_t, alpha_s, sigma_s) in zip(self.t, rows, strict=False):
             yield t, alpha_t, sigma_t, alpha_s, sigma_s
+
+    def at(self, half_log_snr: float) -> tuple[Tensor, float, float]:
+        """Return (t, alpha, sigma) where log(alpha / sigma) is half_log_snr, for solvers that look between the rows.
+
+        Beyond the levels of the law alpha and sigma go on in its frame, as far as that reaches, and t is the law's
+        nearest time.
+
+        Raises: LdmPipeError if the steps were built by hand, without `levels`.
+        """
+        if self.levels is None:
+            raise LdmPipeError(
+                "these steps do not know the levels between their rows",
+                where="Steps",
+                how_to_fix="take them from the steps() of a schedule, or give them levels=",
+            )
+        t, alpha, sigma = self.levels(half_log_snr)
+        return torch.tensor(t, dtype=torch.float64), alpha, sigma
 
     def from_strength(self, strength: float) -> Steps:
         """Keep the last int(num_steps * strength) steps, to start from a diffused picture (SDEdit, arXiv:2108.01073).
@@ -208,13 +227,12 @@ class NoiseSchedule:
         Args:
             t: in [0, num_train_timesteps - 1], may be fractional, any shape.
         """
-        t = torch.as_tensor(t)
-        time = t.double()
+        time = torch.as_tensor(t, dtype=torch.float64)
         last = self.num_train_timesteps - 1
         # on another device the check would wait for it
-        if t.device.type == "cpu" and not bool(((time >= 0) & (time <= last)).all()):
+        if time.device.type == "cpu" and not bool(((time >= 0) & (time <= last)).all()):
             raise LdmPipeError(f"t from {time.min():g} to {time.max():g}", how_to_fix=f"times go from 0 to {last}")
-        table = self._edm.to(t.device)
+        table = self._edm.to(time.device)
         low = time.floor().clamp(0, max(last - 1, 0)).long()
         below, above = table[low], table[(low + 1).clamp(max=last)]
         weight = time - low
@@ -235,6 +253,20 @@ class NoiseSchedule:
         """Return log(alpha^2 / sigma^2), float64; minus infinity at a zero terminal SNR."""
         alpha, sigma = self.alpha_sigma(t)
         return 2 * (alpha.log() - sigma.log())
+
+    def t_of(self, half_log_snr: Tensor | float) -> Tensor:
+        """Return the time where log(alpha / sigma) is half_log_snr, float64; the nearest end beyond the levels."""
+        edm = torch.as_tensor(half_log_snr, dtype=torch.float64).neg().exp()
+        table = self._edm.to(edm.device)
+        low = (torch.searchsorted(table, edm.contiguous(), right=True) - 1).clamp(0, self.num_train_timesteps - 2)
+        below, above = table[low], table[low + 1]
+        weight = torch.where(above.isinf(), 1 - below / edm, (edm - below) / (above - below))
+        return low + weight.clamp(0, 1)
+
+    def level(self, half_log_snr: float) -> tuple[float, float, float]:
+        """Return (t, alpha, sigma) where log(alpha / sigma) is half_log_snr; variance-preserving beyond the levels."""
+        alpha, sigma = (1 / math.sqrt(1 + math.exp(min(-2 * h, 700))) for h in (half_log_snr, -half_log_snr))
+        return float(self.t_of(half_log_snr)), alpha, sigma
 
     def times(self, num_steps: int, spacing: Spacing, grid: Grid = "integer") -> Tensor:
         """Return the num_steps times a sampler shows to the network, falling, float64 (arXiv:2305.08891, table 2).
@@ -320,6 +352,7 @@ class NoiseSchedule:
             alpha=torch.cat([alpha, end_alpha.double()]),
             sigma=torch.cat([sigma, end_sigma.double()]),
             init_scale=init_scale,
+            levels=self.level,
         )
         if arrival == "next":
             return steps

@@ -153,6 +153,29 @@ def test_strength_keeps_the_last_rows(num_steps: int, strength: float) -> None:
     assert float(rest.sigma[-1]) == 0
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_levels_are_inverse_to_the_law_and_go_on_beyond_its_ends(zero: bool) -> None:
+    schedule = NoiseSchedule(prediction="v", zero_terminal_snr=zero)
+    steps = schedule.steps(20, spacing="trailing")
+    for t in (0.0, 0.3, 41.75, 500.0, 998.4, 999.0):
+        half = float(schedule.log_snr(t)) / 2
+        time, alpha, sigma = steps.at(half)
+        assert time.dtype == torch.float64
+        assert float(time) == pytest.approx(t, abs=1e-6)
+        assert (alpha, sigma) == pytest.approx(tuple(float(v) for v in schedule.alpha_sigma(t)), abs=1e-12)
+    for half, end in ((9.0, 0.0), (-9.0, 999.0)):
+        time, alpha, sigma = steps.at(half)
+        assert zero or float(time) == end
+        assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-14)
+        assert math.log(alpha / sigma) == pytest.approx(half)
+
+
+def test_steps_built_by_hand_do_not_know_between_their_rows() -> None:
+    row = torch.tensor([5.0, -1.0], dtype=torch.float64)
+    with pytest.raises(LdmPipeError, match="between"):
+        Steps(row, row, row).at(0.0)
+
+
 @pytest.mark.parametrize("strength", [0, -0.1, 1.01, float("nan")])
 def test_strength_outside_its_range_is_refused(strength: float) -> None:
     with pytest.raises(LdmPipeError, match="strength"):
