@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm_pipe.pretrained import LdmPipeError
 
-Prediction = Literal["eps", "x0", "v", "flow"]
+Prediction = Literal["eps", "x0", "v", "flow", "score", "mean", "edm"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Grid = Literal["integer", "fractional", "multistep"]
@@ -196,9 +196,9 @@ class NoiseSchedule:
         alpha_bar = (1 - betas).cumprod(0)
         if self.zero_terminal_snr:
             alpha_bar = zero_terminal_snr(alpha_bar)
-        if self.prediction == "eps" and alpha_bar[-1] == 0:
+        if self.prediction in ("eps", "score") and alpha_bar[-1] == 0:
             raise LdmPipeError(
-                "prediction eps with a zero terminal SNR: noise that is all there is says nothing about x0",
+                f"prediction {self.prediction} with a zero terminal SNR: noise that is all there is says nothing about x0",
                 where="NoiseSchedule",
                 how_to_fix='train with prediction="v", or leave zero_terminal_snr (rescale_betas_zero_snr) off',
             )
