@@ -7,31 +7,19 @@ al. 2022, arXiv:2112.10752, section 3.1 and appendix G). Training objectives are
 
 from __future__ import annotations
 
-import copy
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from autoencoder.config import AutoencoderKLConfig, check, is_positive
 from autoencoder.gaussian import DiagonalGaussian
+from autoencoder.halves import DEFAULT_TILE_SIZE, Halves, check_image, check_latents, rename_old_attention
 from autoencoder.networks import Decoder, Encoder
-from autoencoder.tiling import Strips
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
-
-DEFAULT_TILE_SIZE = 512
-
-ModuleT = TypeVar("ModuleT", bound="nn.Module | None")
-Build = Callable[[torch.dtype], Callable[[Tensor], Tensor]]
-"""Makes one half of the network in a dtype."""
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_ATTENTION_KEY = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
-_ATTENTION_WEIGHT = re.compile(r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
 
 
 class AutoencoderKL(PretrainedModule):
@@ -53,8 +41,7 @@ class AutoencoderKL(PretrainedModule):
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
         self._set_config(config, extra or {})
-        self._slicing = False
-        self._tile_area: int | None = None  # pixels
+        self._halves = Halves(self.factor, config.force_upcast)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoencoderKL:
@@ -73,15 +60,8 @@ class AutoencoderKL(PretrainedModule):
 
     @classmethod
     def rename_keys(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Map the attention's old names (query, key, value, proj_attn) and its 1x1 convolutions to linear layers."""
-        renamed: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if match := _OLD_ATTENTION_KEY.fullmatch(name):
-                name = f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}"
-            if _ATTENTION_WEIGHT.fullmatch(name) and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-                tensor = tensor[:, :, 0, 0]
-            renamed[name] = tensor
-        return renamed
+        """Map the attention's old names."""
+        return rename_old_attention(tensors)
 
     # What the config says
 
@@ -125,8 +105,9 @@ class AutoencoderKL(PretrainedModule):
         Returns: Gaussian of shape (B, C, H / f, W / f).
         Raises: LdmPipeError if the size does not fit, or if numbers overflow and float32 does not cure it.
         """
-        self._check_image(image)
-        moments = self._run(self._encoder, image, "the encoded image")
+        check_image(image, self._fields.in_channels, self.factor)
+        build = self._halves.encoder(self.encoder, self.quant_conv)
+        moments = self._halves.run(build, image, "the encoded image", self.dtype, training=self.training)
         return DiagonalGaussian.from_moments(moments)
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -150,78 +131,26 @@ class AutoencoderKL(PretrainedModule):
         Returns: image (B, 3, f h, f w), about [-1, 1] but not clipped, in the dtype of z.
         Raises: LdmPipeError if z has another shape, or if numbers overflow and float32 does not cure it.
         """
-        if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise LdmPipeError(
-                f"latents of shape {list(z.shape)}", "decode", f"Give (B, {self.latent_channels}, h, w)."
-            )
+        check_latents(z, self.latent_channels)
         scale, shift = self._scale_shift(z)
         raw = z.float() / scale + shift
-        return self._run(self._decoder, raw, "the decoded image").to(z.dtype)
+        build = self._halves.decoder(self.decoder, self.post_quant_conv)
+        return self._halves.run(build, raw, "the decoded image", self.dtype, training=self.training).to(z.dtype)
 
-    def forward(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
+    def forward(self, image: Tensor, noise: Tensor | None = None, shrink: int = 1) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruct an image, for training (wrappers such as DDP see only this).
 
-        Returns: the reconstruction (B, 3, H, W) and the posterior it was decoded from; normalisation plays no part.
+        Args:
+            shrink: average the latents over squares of this side before they are decoded (scale equivariance).
+        Returns: the reconstruction (B, 3, H / shrink, W / shrink) and the posterior it was decoded from;
+            normalisation plays no part.
         """
-        self._check_image(image)
-        posterior = DiagonalGaussian.from_moments(self._encoder(self.dtype)(image.to(self.dtype)))
+        check_image(image, self._fields.in_channels, self.factor)
+        encode = self._halves.encoder(self.encoder, self.quant_conv)(self.dtype)
+        posterior = DiagonalGaussian.from_moments(encode(image.to(self.dtype)))
         raw = posterior.mode() if noise is None else posterior.sample(noise)
-        return self._decoder(self.dtype)(raw), posterior
-
-    def _encoder(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Return image -> moments, in the dtype given."""
-        encoder, conv = _cast(self.encoder, dtype), _cast(self.quant_conv, dtype)
-
-        def encode(image: Tensor) -> Tensor:
-            features = self._strips(image).encode(encoder, image) if self._tiles(image.shape) else encoder(image)
-            return conv(features) if conv else features
-
-        return encode
-
-    def _decoder(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Return raw latents -> image, in the dtype given."""
-        decoder, conv = _cast(self.decoder, dtype), _cast(self.post_quant_conv, dtype)
-
-        def decode(raw: Tensor) -> Tensor:
-            raw = conv(raw) if conv else raw
-            return self._strips(raw).decode(decoder, raw) if self._tiles(raw.shape, self.factor) else decoder(raw)
-
-        return decode
-
-    def _tiles(self, shape: torch.Size, factor: int = 1) -> bool:
-        """Tell whether a picture is to be worked on in pieces."""
-        return self._tile_area is not None and shape[2] * shape[3] * factor**2 > self._tile_area
-
-    def _strips(self, x: Tensor) -> Strips:
-        assert self._tile_area is not None
-        return Strips(self._tile_area, x.device)
-
-    def _run(self, build: Build, x: Tensor, what: str) -> Tensor:
-        """Apply one half, in slices where asked; cure overflow of float16 by float32."""
-        # A CPU has no fast path for float16.
-        upcast = self.dtype == torch.float16 and (self._fields.force_upcast or x.device.type == "cpu")
-        dtype = torch.float32 if upcast else self.dtype
-        if not torch.is_grad_enabled():  # pays for the convolutions, not for their gradients (measured on a CPU)
-            x = x.contiguous(memory_format=torch.channels_last)
-        y = self._in_slices(build(dtype), x.to(dtype)).contiguous()
-        if self.training or bool(torch.isfinite(y).all()):
-            return y
-        if not bool(torch.isfinite(x).all()):
-            fix = "What made these numbers failed, not the autoencoder."
-            raise LdmPipeError("NaN or infinity in the input", what, fix)
-        if y.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            raise LdmPipeError("NaN or infinity in the output, in float32", what, "The weights are damaged.")
-        warnings.warn(f"{what} overflowed in {y.dtype}; computing it again in float32", stacklevel=3)
-        with torch.autocast(x.device.type, enabled=False):
-            y = self._in_slices(build(torch.float32), x.float()).contiguous()
-        if not bool(torch.isfinite(y).all()):
-            raise LdmPipeError("NaN or infinity in the output, in float32 too", what, "The weights are damaged.")
-        return y
-
-    def _in_slices(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self._slicing and x.shape[0] > 1:
-            return torch.cat([function(part) for part in x.split(1)])
-        return function(x)
+        raw = raw if shrink == 1 else F.avg_pool2d(raw, shrink)
+        return self._halves.decoder(self.decoder, self.post_quant_conv)(self.dtype)(raw), posterior
 
     def _scale_shift(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         mean, std = self._fields.latents_mean, self._fields.latents_std
@@ -230,26 +159,15 @@ class AutoencoderKL(PretrainedModule):
         mean_c, std_c = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
         return self.scaling_factor / std_c, mean_c
 
-    def _check_image(self, image: Tensor) -> None:
-        channels, factor = self._fields.in_channels, self.factor
-        if image.ndim != 4 or image.shape[1] != channels:
-            fix = f"Give (B, {channels}, H, W) in [-1, 1]."
-            raise LdmPipeError(f"image of shape {list(image.shape)}", "encode", fix)
-        height, width = image.shape[2:]
-        if height % factor or width % factor or not height or not width:
-            what = f"image size {height}x{width}: sides must be multiples of {factor}"
-            fix = f"Nearest heights: {_nearest(height, factor)}; nearest widths: {_nearest(width, factor)}."
-            raise LdmPipeError(what, "encode", fix)
-
     # Switches
 
     def enable_slicing(self) -> None:
         """Encode and decode one image of a batch at a time, to save memory."""
-        self._slicing = True
+        self._halves.slicing = True
 
     def disable_slicing(self) -> None:
         """Encode and decode whole batches again."""
-        self._slicing = False
+        self._halves.slicing = False
 
     def enable_tiling(self, tile_size: int = DEFAULT_TILE_SIZE) -> None:
         """Encode and decode images larger than a tile piece by piece, to save memory; the result is the same.
@@ -257,12 +175,11 @@ class AutoencoderKL(PretrainedModule):
         Args:
             tile_size: side in pixels of the square whose area is worked on at once.
         """
-        check(tile_size >= 16, "tile_size", tile_size, "at least 16 pixels")
-        self._tile_area = tile_size**2
+        self._halves.set_tile_size(tile_size)
 
     def disable_tiling(self) -> None:
         """Encode and decode images at once again."""
-        self._tile_area = None
+        self._halves.tile_area = None
 
     # The latent statistics
 
@@ -315,16 +232,3 @@ class AutoencoderKL(PretrainedModule):
         inverse.copy_((inverse.double() * std.view(1, -1, 1, 1)).to(inverse))
         none = {"shift_factor": None, "latents_mean": None, "latents_std": None}
         self._set_config(AutoencoderKLConfig(**{**asdict(self._fields), **none}), self._extra)
-
-
-def _nearest(side: int, factor: int) -> str:
-    """Name the multiples of the factor next to a side."""
-    down, up = max(side // factor, 1) * factor, max(-(-side // factor), 1) * factor
-    return f"{down} or {up}" if down != up else str(up)
-
-
-def _cast(module: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """Return a module itself or, for another dtype, a temporary copy (the model is never changed by a call)."""
-    if module is None or next(module.parameters()).dtype == dtype:
-        return module
-    return copy.deepcopy(module).to(dtype)
