@@ -21,8 +21,11 @@ CORE: dict[str, set[str]] = {
     "schedule_config": {"schedule"},
     "noise": set(),
     "process": {"schedule"},
-    "objectives": {"process", "schedule"},
+    "objectives": {"process", "schedule", "denoiser", "variational"},
+    "variational": {"process", "schedule", "denoiser", "noise"},
+    "times": {"schedule"},
     "denoiser": {"unet", "process", "schedule"},
+    "mixture": {"denoiser", "process"},
     "guidance": {"denoiser"},
     "thresholding": {"denoiser"},
     "samplers": {"schedule", "denoiser", "noise", "process"},  # Steps, Denoise, Noise and the algebra between them
