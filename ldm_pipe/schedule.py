@@ -1,149 +1,85 @@
-"""Noise laws and the times a sampler visits.
+"""The discrete noise law, and the rows a sampler visits.
 
 Enters: betas by name and number, or a diffusers scheduler config. Leaves: alpha(t), sigma(t) in float64, and `Steps`,
-the aligned rows a sampler walks down. This file does not know networks, samplers or data; reading and writing
-diffusers' scheduler files is in schedule_config.py.
+the aligned rows a sampler walks down. Continuous laws are in laws.py, choices of times in spacing.py, diffusers'
+scheduler files in schedule_config.py and schedule_export.py. This file does not know networks, samplers or data.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from ldm_pipe.betas import BetaSchedule, make_betas, zero_terminal_snr
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.spacing import Even, Grid, Ramp, Spacing, explicit, open_ramp, ramp, respace, whole_times
+from ldm_pipe.steps import Steps
 
 Prediction = Literal["eps", "x0", "v", "flow", "score", "mean", "edm"]
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-Spacing = Literal["leading", "trailing", "linspace"]
-Grid = Literal["integer", "fractional", "multistep"]
 Final = Literal["clean", "first"]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The rows a sampler walks down, from noise to clean; n steps have n + 1 rows, float64 on the CPU.
+class Law(Protocol):
+    """A noise law: how much signal and noise there is at each time, and which times a sampler visits.
 
-    A step reads row i and arrives at row i + 1, unless `next_alpha`, `next_sigma` (n each) say otherwise, which
-    exists only to repeat what a peer does (`NoiseSchedule.steps(arrival="stride")`).
-
-    Attributes:
-        t: times of the noise law, shape (n + 1,); the last one is never shown to the network.
-        alpha: shape (n + 1,); the last one is 1.
-        sigma: shape (n + 1,); the last one is 0.
-        init_scale: what unit Gaussian noise is multiplied with to start at row 0.
-        levels: the law itself, half_log_snr -> (t, alpha, sigma); see `at`.
+    `NoiseSchedule` is the discrete one; the continuous ones are in laws.py. Times grow with the noise.
     """
-
-    t: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    init_scale: float = 1.0
-    next_alpha: Tensor | None = None
-    next_sigma: Tensor | None = None
-    levels: Callable[[float], tuple[float, float, float]] | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        assert self.t.shape == self.alpha.shape == self.sigma.shape and self.t.ndim == 1
-        assert all(vector.dtype == torch.float64 for vector in (self.t, self.alpha, self.sigma))
-        if len(self.t) < 2:
-            raise LdmPipeError("no steps to do", where="Steps", how_to_fix="use at least one step")
-        if not bool((self.t[1:] < self.t[:-1]).all()):
-            raise LdmPipeError(
-                f"times must fall from noise to clean without repeats, got {self.t.tolist()}",
-                where="Steps",
-                how_to_fix="use fewer steps or other times",
-            )
 
     @property
-    def num_steps(self) -> int:
-        """Return the number of solver steps, one less than the rows."""
-        return len(self.t) - 1
+    def prediction(self) -> Prediction: ...  # noqa: D102
+    @property
+    def spacing(self) -> Spacing | None: ...  # noqa: D102
+    @property
+    def config(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def t_range(self) -> tuple[float, float]: ...  # noqa: D102
+    def alpha_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+    def alpha(self, t: Tensor | float) -> Tensor: ...  # noqa: D102
+    def sigma(self, t: Tensor | float) -> Tensor: ...  # noqa: D102
+    def log_snr(self, t: Tensor | float) -> Tensor: ...  # noqa: D102
+    def t_of(self, half_log_snr: Tensor | float) -> Tensor: ...  # noqa: D102
+    def network_time(self, t: Tensor) -> Tensor: ...  # noqa: D102
+    def final(self, sampler: str) -> Final: ...  # noqa: D102
+    def to_config(self, sampler: str = ..., **settings: Any) -> dict[str, Any]: ...  # noqa: D102
 
-    def pairs(self) -> Iterator[tuple[Tensor, float, float, float, float]]:
-        """Yield (t, alpha_t, sigma_t, alpha_s, sigma_s) for each step from level t to the cleaner level s."""
-        next_alpha = self.alpha[1:] if self.next_alpha is None else self.next_alpha
-        next_sigma = self.sigma[1:] if self.next_sigma is None else self.next_sigma
-        rows = zip(self.alpha.tolist(), self.sigma.tolist(), next_alpha.tolist(), next_sigma.tolist(), strict=False)
-        for t, (alpha_t, sigma_t, alpha_s, sigma_s) in zip(self.t, rows, strict=False):
-            yield t, alpha_t, sigma_t, alpha_s, sigma_s
-
-    def at(self, half_log_snr: float) -> tuple[Tensor, float, float]:
-        """Return (t, alpha, sigma) where log(alpha / sigma) is half_log_snr, for solvers that look between the rows.
-
-        Beyond the levels of the law alpha and sigma go on in its frame, as far as that reaches, and t is the law's
-        nearest time.
-
-        Raises: LdmPipeError if the steps were built by hand, without `levels`.
-        """
-        if self.levels is None:
-            raise LdmPipeError(
-                "these steps do not know the levels between their rows",
-                where="Steps",
-                how_to_fix="take them from the steps() of a schedule, or give them levels=",
-            )
-        t, alpha, sigma = self.levels(half_log_snr)
-        return torch.tensor(t, dtype=torch.float64), alpha, sigma
-
-    def from_strength(self, strength: float) -> Steps:
-        """Keep the last int(num_steps * strength) steps, to start from a diffused picture (SDEdit, arXiv:2108.01073).
+    def steps(
+        self,
+        num_steps: int | None = None,
+        *,
+        spacing: Spacing | str | None = None,
+        grid: Grid = "integer",
+        final: Final = "clean",
+        times: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        rho: float | None = None,
+    ) -> Steps:
+        """Choose the rows a sampler walks down, by exactly one of num_steps, times, sigmas and sections.
 
         Args:
-            strength: in (0, 1]; 1 keeps all steps.
+            num_steps: at least 1; a discrete law has num_train_timesteps at most.
+            spacing: even times ("leading" starts below the noisiest, "trailing" at it, "linspace" at it and ends at
+                the cleanest), a ramp of `spacing.ramp`, or on a discrete law sections like "ddim25" or "10,15,20",
+                which count the steps themselves; None is the law's own.
+            grid: each family of samplers grew its own variant of even times; `samplers.get(name).grid` is the
+                customary one. "integer": whole times (DDIM, DDPM); "fractional": linspace is not rounded (Euler);
+                "multistep": n + 1 whole times of which the last is left out (DPM-Solver).
+            final: "clean" ends at alpha = 1, sigma = 0; "first" ends at the cleanest level and leaves its noise in;
+                `final(sampler)` says what the config asks for that the law was read from.
+            times: falling times one by one, in t_range.
+            sigmas: falling noise levels one by one, without the 0 at the end: sigma / alpha, on `Flow` sigma itself.
+            rho: of the ramps "karras" and "polynomial"; None is customary.
 
-        Returns: the remaining steps; diffuse the picture to their row 0.
+        Returns: one row more than steps; the last is (alpha 1, sigma 0) unless final is "first".
 
-        Raises: LdmPipeError if strength is outside (0, 1] or leaves no step.
+        Raises: LdmPipeError for what does not fit the law, repeats or does not fall.
         """
-        if not 0 < strength <= 1:
-            raise LdmPipeError(f"strength is {strength}", how_to_fix="use a number above 0 and up to 1")
-        kept = int(self.num_steps * strength)  # as diffusers counts
-        if kept == 0:
-            raise LdmPipeError(
-                f"strength {strength} of {self.num_steps} steps leaves nothing to do",
-                how_to_fix=f"use {math.ceil(1 / strength)} steps or a strength of {1 / self.num_steps:g} at least",
-            )
-        i = self.num_steps - kept
-        return replace(
-            self,
-            t=self.t[i:],
-            alpha=self.alpha[i:],
-            sigma=self.sigma[i:],
-            next_alpha=None if self.next_alpha is None else self.next_alpha[i:],
-            next_sigma=None if self.next_sigma is None else self.next_sigma[i:],
-        )
-
-
-def make_betas(kind: BetaSchedule, beta_start: float, beta_end: float, num_train_timesteps: int) -> Tensor:
-    """Return the betas of a discrete variance-preserving noise law, float64, shape (num_train_timesteps,).
-
-    linear             beta_t linear in t                   (Ho et al. 2020, arXiv:2006.11239, section 4)
-    scaled_linear      sqrt(beta_t) linear in t             (Rombach et al. 2022, arXiv:2112.10752, appendix)
-    squaredcos_cap_v2  alpha_bar = cos^2(pi/2 (t/T + 0.008) / 1.008), beta <= 0.999
-                       (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17); beta_start and beta_end play no role
-    """
-    match kind:
-        case "linear":
-            return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
-        case "scaled_linear":
-            root = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64)
-            return root.square()
-        case "squaredcos_cap_v2":
-            u = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-            alpha_bar = torch.cos((u + 0.008) / 1.008 * (math.pi / 2)).square()
-            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp_max(0.999)
-    raise LdmPipeError(f"unknown beta_schedule {kind!r}", how_to_fix=f"use one of {', '.join(get_args(BetaSchedule))}")
-
-
-def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that it ends at 0 and starts as before (arXiv:2305.08891, algorithm 1)."""
-    root = alpha_bar.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+        ...
 
 
 @dataclass(frozen=True)
@@ -160,10 +96,11 @@ class NoiseSchedule:
         beta_end: last beta.
         num_train_timesteps: number of noise levels.
         prediction: what a network trained on this law outputs.
-        spacing: default choice of times, None if unknown: then `steps` must be told.
+        spacing: default choice of even times, None if unknown: then `steps` must be told.
         steps_offset: shift of the times of "leading" spacing; Stable Diffusion uses 1.
         zero_terminal_snr: rescale so that the last level is pure noise.
         trained_betas: explicit betas that replace the named law.
+        ramp: noise levels over the range of the even times, which replace these; None for none.
         noisy_end: names of the samplers that, by the config this was read from, end at t = 0 and leave its noise in.
         config: the scheduler config this was read from, unknown keys included; empty if built by hand.
     """
@@ -173,10 +110,11 @@ class NoiseSchedule:
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
     prediction: Prediction = "eps"
-    spacing: Spacing | None = "leading"
+    spacing: Even | None = "leading"
     steps_offset: int = 1
     zero_terminal_snr: bool = False
     trained_betas: tuple[float, ...] | None = None
+    ramp: Ramp | None = None
     noisy_end: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     _edm: Tensor = field(init=False, compare=False, repr=False)
@@ -198,7 +136,7 @@ class NoiseSchedule:
             alpha_bar = zero_terminal_snr(alpha_bar)
         if self.prediction in ("eps", "score") and alpha_bar[-1] == 0:
             raise LdmPipeError(
-                f"prediction {self.prediction} with a zero terminal SNR: noise that is all there is says nothing about x0",
+                f"prediction {self.prediction} with a zero terminal SNR: at pure noise it says nothing about x0",
                 where="NoiseSchedule",
                 how_to_fix='train with prediction="v", or leave zero_terminal_snr (rescale_betas_zero_snr) off',
             )
@@ -206,16 +144,20 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Read a diffusers scheduler config; see `schedule_config.read`."""
+        """Read a diffusers scheduler config of a discrete law; `schedule_config.read` takes the others too."""
         from ldm_pipe import schedule_config
 
-        return schedule_config.read(config)
+        law = schedule_config.read(config)
+        if not isinstance(law, NoiseSchedule):
+            found, advice = f"a {type(law).__name__} law of continuous times", "read it with schedule_config.read"
+            raise LdmPipeError(found, where="NoiseSchedule.from_config", how_to_fix=advice)
+        return law
 
     def to_config(self, sampler: str = "ddim", **settings: Any) -> dict[str, Any]:
-        """Write a diffusers scheduler config whose use in diffusers equals ours; see `schedule_config.write`."""
-        from ldm_pipe import schedule_config
+        """Write a diffusers scheduler config whose use in diffusers equals ours; see `schedule_export.write`."""
+        from ldm_pipe import schedule_export
 
-        return schedule_config.write(self, sampler, **settings)
+        return schedule_export.write(self, sampler, **settings)
 
     def final(self, sampler: str) -> Final:
         """Return what the config this was read from ends the steps of a sampler with, for `steps(final=)`."""
@@ -268,95 +210,112 @@ class NoiseSchedule:
         alpha, sigma = (1 / math.sqrt(1 + math.exp(min(-2 * h, 700))) for h in (half_log_snr, -half_log_snr))
         return float(self.t_of(half_log_snr)), alpha, sigma
 
-    def times(self, num_steps: int, spacing: Spacing, grid: Grid = "integer") -> Tensor:
-        """Return the num_steps times a sampler shows to the network, falling, float64 (arXiv:2305.08891, table 2).
+    @property
+    def t_range(self) -> tuple[float, float]:
+        """Return the times of the cleanest and of the noisiest level."""
+        return 0.0, float(self.num_train_timesteps - 1)
 
-        Args:
-            num_steps: at least 1.
-            spacing: "leading" starts below the last level, "trailing" at it, "linspace" at it and ends at t = 0.
-            grid: each family of samplers grew its own variant. "integer": whole times (DDIM, DDPM); "fractional":
-                linspace is not rounded (Euler); "multistep": n + 1 whole times of which the last is left out
-                (DPM-Solver).
-        """
-        last = self.num_train_timesteps
-        n = num_steps + 1 if grid == "multistep" else num_steps
-        i = torch.arange(num_steps, dtype=torch.float64)
-        match spacing:
-            case "trailing":
-                return (last - i * (last / num_steps)).round() - 1
-            case "leading":
-                return (n - 1 - i) * (last // n) + self.steps_offset
-            case "linspace":
-                # diffusers' single step is at t = 0; ours is where the noise is
-                t = (n - 1 - i) * ((last - 1) / (n - 1)) if n > 1 else i + last
-                t = t.clamp_max(last - 1)
-                return t if grid == "fractional" else t.round()
-        raise LdmPipeError(f"unknown spacing {spacing!r}", how_to_fix=f"use one of {', '.join(get_args(Spacing))}")
+    def network_time(self, t: Tensor) -> Tensor:
+        """Return what the network is told at t: t itself."""
+        return t
 
-    def steps(
-        self,
-        num_steps: int,
-        *,
-        spacing: Spacing | None = None,
-        grid: Grid = "integer",
-        final: Final = "clean",
-        arrival: Literal["next", "stride"] = "next",
-    ) -> Steps:
-        """Choose the rows a sampler walks down.
+    def times(self, num_steps: int, spacing: Spacing, grid: Grid = "integer", rho: float | None = None) -> Tensor:
+        """Return the num_steps times a sampler shows to the network, falling, float64; see `Law.steps`."""
+        if spacing in get_args(Ramp):
+            return self._ramp_times(num_steps, spacing, 0.0, self.num_train_timesteps - 1.0, rho)
+        return whole_times(num_steps, spacing, grid, self.num_train_timesteps, self.steps_offset)
 
-        Args:
-            num_steps: from 1 to num_train_timesteps.
-            spacing: see `times`; None is the schedule's own.
-            grid: see `times`; `samplers.get(name).grid` is the customary one.
-            final: "clean" ends at alpha = 1, sigma = 0; "first" ends at the level t = 0 and leaves its noise in, as
-                diffusers does for set_alpha_to_one=false; `final(sampler)` says what the schedule's config asks for.
-            arrival: "next": a step ends where the next one starts. "stride": it ends num_train_timesteps // num_steps
-                below its start, as diffusers' DDIMScheduler does; with linspace, or where the division leaves a rest,
-                the network is then told a time that is not the state's. Only for parity.
+    def _ramp_times(self, num_steps: int, kind: Ramp, low: float, high: float, rho: float | None) -> Tensor:
+        """Return times whose sigma / alpha are a ramp; they are fractional, so that none is repeated."""
+        first, second, last = (
+            float(sigma / alpha) for alpha, sigma in map(self.alpha_sigma, (high, max(high - 1, 0), low))
+        )
+        finite = math.isfinite(first)
+        edm = ramp(kind, num_steps, first, last, rho) if finite else open_ramp(kind, num_steps, second, last, rho)
+        t = self.t_of(-edm.log())
+        t[0] = high
+        return t
 
-        Returns: num_steps + 1 rows.
-        """
-        spacing = self.spacing if spacing is None else spacing
-        last = self.num_train_timesteps
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= last:
-            raise LdmPipeError(f"num_steps is {num_steps!r}", how_to_fix=f"use a whole number from 1 to {last}")
-        if final not in get_args(Final):
-            raise LdmPipeError(f"final is {final!r}", how_to_fix=f"use one of {', '.join(get_args(Final))}")
-        if spacing is None:
+    def _visited(self, num_steps: int, spacing: Spacing | str | None, grid: Grid, rho: float | None) -> Tensor:
+        """Return the times of a number of steps, checked."""
+        levels = self.num_train_timesteps
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= levels:
+            raise LdmPipeError(f"num_steps is {num_steps!r}", how_to_fix=f"use a whole number from 1 to {levels}")
+        even = self.spacing if spacing is None else spacing
+        if even is None:
             raise LdmPipeError(
                 "the schedule names no spacing", how_to_fix='state it: spacing="leading", "trailing" or "linspace"'
             )
-        t = self.times(num_steps, spacing, grid)
-        if t[0] > last - 1 or not bool((t[1:] < t[:-1]).all()):
+        t = self.times(num_steps, even, grid, rho)
+        if t[0] > levels - 1 or not bool((t[1:] < t[:-1]).all()):
             raise LdmPipeError(
-                f"{num_steps} steps of {spacing} spacing, steps_offset {self.steps_offset}, do not fit {last} levels",
-                how_to_fix=f"use at most {last // 2} steps, or trailing spacing",
+                f"{num_steps} steps of {even} spacing, steps_offset {self.steps_offset}, do not fit {levels} levels",
+                how_to_fix=f"use at most {levels // 2} steps, or trailing spacing",
             )
+        if t[0] < (levels - 1) / 2:
+            warnings.warn(
+                f"{num_steps} steps of {even} spacing start at t = {t[0]:g} of {levels - 1}, which is not noise: "
+                "use more steps, or trailing spacing",
+                UserWarning,
+                stacklevel=3,
+            )
+        if spacing is None and self.ramp is not None:  # multistep solvers ramp over all levels, others over their rows
+            low, high = (float(t[-1]), float(t[0])) if grid == "fractional" else self.t_range
+            return self._ramp_times(num_steps, self.ramp, low, high, rho)
+        return t
+
+    def steps(
+        self,
+        num_steps: int | None = None,
+        *,
+        spacing: Spacing | str | None = None,
+        grid: Grid = "integer",
+        final: Final = "clean",
+        arrival: Literal["next", "stride"] = "next",
+        times: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        rho: float | None = None,
+    ) -> Steps:
+        """Choose the rows a sampler walks down; see `Law.steps`.
+
+        Args:
+            num_steps, spacing, grid, final, times, sigmas, rho: see `Law.steps`; final is "first" where a file of
+                diffusers says set_alpha_to_one=false.
+            arrival: "next": a step ends where the next one starts. "stride": it ends num_train_timesteps // num_steps
+                below its start, as diffusers' DDIMScheduler does; with linspace, or where the division leaves a rest,
+                the network is then told a time that is not the state's. Only for parity.
+        """
+        if final not in get_args(Final):
+            raise LdmPipeError(f"final is {final!r}", how_to_fix=f"use one of {', '.join(get_args(Final))}")
+        sections = spacing if spacing is not None and spacing not in get_args(Spacing) else None
+        check_one_choice(num_steps, times, sigmas, sections)
+        first, last = self.t_range
+        if sections is not None:
+            t = respace(sections, self.num_train_timesteps)
+        elif times is not None:
+            t = explicit(times, "times", first, last)
+        elif sigmas is not None:
+            t = self.t_of(-explicit(sigmas, "sigmas", float(self._edm[0]), float(self._edm[-1])).log())
+        else:
+            t = self._visited(num_steps, spacing, grid, rho)
         end_alpha, end_sigma = torch.ones(1), torch.zeros(1)
         if final == "first":
             end_alpha, end_sigma = self.alpha_sigma(torch.zeros(1))
             if grid == "fractional":  # who walks in EDM's frame stays in it: x / alpha
                 end_alpha, end_sigma = torch.ones(1), end_sigma / end_alpha
-        if t[0] < (last - 1) / 2:
-            warnings.warn(
-                f"{num_steps} steps of {spacing} spacing start at t = {t[0]:g} of {last - 1}, which is not noise: "
-                "use more steps, or trailing spacing",
-                UserWarning,
-                stacklevel=2,
-            )
         alpha, sigma = self.alpha_sigma(t)
         # who starts at the largest level of EDM's frame draws sigma / alpha * noise there: sigma * noise here
-        init_scale = float(sigma[0]) if grid == "fractional" and spacing != "leading" else 1.0
+        leading = (self.spacing if spacing is None else spacing) == "leading"
         steps = Steps(
             t=torch.cat([t, t.new_tensor([-1.0])]),
             alpha=torch.cat([alpha, end_alpha.double()]),
             sigma=torch.cat([sigma, end_sigma.double()]),
-            init_scale=init_scale,
+            init_scale=float(sigma[0]) if grid == "fractional" and not leading else 1.0,
             levels=self.level,
         )
         if arrival == "next":
             return steps
-        landing = t - last // num_steps
+        landing = t - self.num_train_timesteps // steps.num_steps
         alpha, sigma = self.alpha_sigma(landing.clamp_min(0))
         return replace(
             steps,
@@ -365,12 +324,25 @@ class NoiseSchedule:
         )
 
 
+def check_one_choice(num_steps: int | None, times: Any, sigmas: Any, sections: str | None) -> None:
+    """Refuse none or two of the ways to name the rows.
+
+    Raises: LdmPipeError.
+    """
+    given = {"num_steps": num_steps, "times": times, "sigmas": sigmas, f"spacing={sections!r}": sections}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        what = f"the steps are named by {' and '.join(named)}" if named else "num_steps is None"
+        raise LdmPipeError(what, how_to_fix="give one of num_steps, times, sigmas and sections like 'ddim25'")
+
+
 def _check_choices(schedule: NoiseSchedule) -> None:
     """Refuse names and numbers that mean nothing, once, at the border."""
     choices = (
         ("beta_schedule", schedule.beta_schedule, get_args(BetaSchedule)),
         ("prediction", schedule.prediction, get_args(Prediction)),
-        ("spacing", schedule.spacing, (*get_args(Spacing), None)),
+        ("spacing", schedule.spacing, (*get_args(Even), None)),
+        ("ramp", schedule.ramp, (*get_args(Ramp), None)),
     )
     for name, value, allowed in choices:
         if value not in allowed:
