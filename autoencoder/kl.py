@@ -8,14 +8,14 @@ al. 2022, arXiv:2112.10752, section 3.1 and appendix G). Training objectives are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.config import AutoencoderKLConfig, check, is_positive
+from autoencoder.config import AutoencoderKLConfig, check, is_positive, listed, read_fields
 from autoencoder.gaussian import DiagonalGaussian
 from autoencoder.halves import DEFAULT_TILE_SIZE, Halves, check_image, check_latents, rename_old_attention
 from autoencoder.networks import Decoder, Encoder
@@ -50,13 +50,8 @@ class AutoencoderKL(PretrainedModule):
         A missing `scaling_factor` is 0.18215, as in the files that were written before the field existed.
         Raises: LdmPipeError naming the field and what is allowed.
         """
-        names = {field.name for field in fields(AutoencoderKLConfig)}
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-        if known.get("scaling_factor", 0) is None:
-            del known["scaling_factor"]
-        for name in ("down_block_types", "up_block_types", "block_out_channels"):
-            check(isinstance(known.get(name, ()), tuple), name, known.get(name), "a list")
-        return cls(AutoencoderKLConfig(**known), {k: v for k, v in config.items() if k not in names})
+        known, extra = read_fields(config, AutoencoderKLConfig)
+        return cls(AutoencoderKLConfig(**known), extra)
 
     @classmethod
     def rename_keys(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,8 +87,7 @@ class AutoencoderKL(PretrainedModule):
 
     def _set_config(self, config: AutoencoderKLConfig, extra: Mapping[str, Any]) -> None:
         self._fields, self._extra = config, dict(extra)
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-        self.config = FrozenConfig({**listed, **self._extra})
+        self.config = FrozenConfig({**listed(config), **self._extra})
 
     # The two ways
 

@@ -1,7 +1,8 @@
 """The training objective of the autoencoder, as plain functions.
 
-Images, reconstructions and posteriors enter; scalars leave. Who steps which optimiser is not known here. Sources: VAE
-(arXiv:1312.6114), VQGAN (arXiv:2012.09841, eq. 5-7), LDM (arXiv:2112.10752, appendix G), LPIPS (arXiv:1801.03924).
+Images, reconstructions and what lay between enter; scalars leave. Who steps which optimiser is not known here.
+Sources: VAE (arXiv:1312.6114), VQ-VAE (arXiv:1711.00937, eq. 3), VQGAN (arXiv:2012.09841, eq. 5-7), LDM
+(arXiv:2112.10752, appendix G), LPIPS (arXiv:1801.03924).
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from autoencoder.gaussian import DiagonalGaussian
+from autoencoder.quantizer import Quantised
 from ldm_pipe.pretrained import LdmPipeError
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 """Maps an image (B, 3, H, W) to feature maps (B, C_k, h_k, w_k), with gradient."""
+
+Game = Literal["hinge", "vanilla"]
+"""Hinge: Lim & Ye 2017, arXiv:1705.02894. Vanilla, not saturating: Goodfellow et al. 2014, arXiv:1406.2661, sec. 3."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,11 @@ class AutoencoderLossConfig:
     Args:
         reconstruction: "l1" or "l2".
         perceptual_weight: of the perceptual distance, 0 for none.
-        kl_weight: of the divergence; LDM: 1e-6.
+        kl_weight: of the divergence; LDM: 1e-6. With a codebook it has no meaning.
+        codebook_weight: of the quantiser's loss; LDM: 1. Without a codebook it has no meaning.
+        commitment_weight: beta of the quantiser's loss; VQ-VAE and LDM: 0.25.
+        legacy_commitment: put beta on the codebook's term instead, as LDM's code and diffusers' `VQModel` do.
+        game: what discriminator and autoencoder play.
         adversarial_weight: factor on the adaptive weight; LDM: 0.5.
         max_adaptive_weight: upper bound of the adaptive weight.
     """
@@ -37,14 +46,20 @@ class AutoencoderLossConfig:
     reconstruction: Literal["l1", "l2"] = "l1"
     perceptual_weight: float = 1.0
     kl_weight: float = 1e-6
+    codebook_weight: float = 1.0
+    commitment_weight: float = 0.25
+    legacy_commitment: bool = False
+    game: Game = "hinge"
     adversarial_weight: float = 0.5
     max_adaptive_weight: float = 1e4
 
     def __post_init__(self) -> None:
         """Refuse unknown words and negative weights."""
-        if self.reconstruction not in ("l1", "l2"):
-            raise LdmPipeError(f"reconstruction {self.reconstruction!r}", "autoencoder loss", "Give 'l1' or 'l2'.")
-        for name in ("perceptual_weight", "kl_weight", "adversarial_weight", "max_adaptive_weight"):
+        for name, allowed in (("reconstruction", ("l1", "l2")), ("game", ("hinge", "vanilla"))):
+            if getattr(self, name) not in allowed:
+                raise LdmPipeError(f"{name} {getattr(self, name)!r}", "autoencoder loss", f"Give one of {allowed}.")
+        weights = ("perceptual", "kl", "codebook", "commitment", "adversarial")
+        for name in (*(f"{name}_weight" for name in weights), "max_adaptive_weight"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 what = f"{name} is {getattr(self, name)!r}"
                 raise LdmPipeError(what, "autoencoder loss", "Give a finite number, at least 0.")
@@ -84,26 +99,54 @@ def _normalise(features: Tensor) -> Tensor:
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-10)
 
 
-def adversarial_loss(discriminator: nn.Module, reconstruction: Tensor) -> Tensor:
-    """Return -mean D(reconstruction), the autoencoder's side of the hinge game (arXiv:1705.02894).
+def quantiser_loss(quantised: Quantised, beta: float = 0.25, legacy: bool = False) -> Tensor:
+    """Return the loss of codebook and commitment, a scalar (VQ-VAE, van den Oord et al. 2017, arXiv:1711.00937, eq. 3).
+
+        mean (sg[raw] - codes)^2 + beta mean (raw - sg[codes])^2
+
+    `legacy` weighs the first term with beta and the second with 1, the slip of LDM's code that diffusers keeps. A
+    codebook that no gradient reaches (it moves by averages) leaves the second term alone, beta times.
+    """
+    if not quantised.codes.requires_grad and torch.is_grad_enabled():
+        return beta * quantised.commitment()
+    codebook, commitment = quantised.codebook(), quantised.commitment()
+    return beta * codebook + commitment if legacy else codebook + beta * commitment
+
+
+def adversarial_loss(discriminator: nn.Module, reconstruction: Tensor, game: Game = "hinge") -> Tensor:
+    """Return the autoencoder's side of the game: -mean D(rec), or -mean log sigmoid D(rec) for vanilla.
 
     The discriminator's weights are constants here: this loss leaves no gradient in them.
     """
     constants = {name: p.detach() for name, p in discriminator.named_parameters()}
-    return -functional_call(discriminator, constants, (reconstruction,)).mean()
+    logits = functional_call(discriminator, constants, (reconstruction,))
+    return -logits.mean() if game == "hinge" else F.softplus(-logits).mean()
 
 
-def discriminator_loss(discriminator: nn.Module, image: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return the discriminator's side of the hinge game (Lim & Ye 2017, arXiv:1705.02894; LDM's form with 1/2).
+def discriminator_loss(
+    discriminator: nn.Module, image: Tensor, reconstruction: Tensor, game: Game = "hinge", r1_weight: float = 0.0
+) -> Tensor:
+    """Return the discriminator's side of the game (LDM's form with 1/2), with R1 where it is asked for.
 
-        1/2 (mean max(0, 1 - D(image)) + mean max(0, 1 + D(reconstruction)))
+        hinge:    1/2 (mean max(0, 1 - D(image)) + mean max(0, 1 + D(rec)))
+        vanilla:  1/2 (mean softplus(-D(image)) + mean softplus(D(rec)))
+        R1:       w / 2 mean |grad_image D(image)|^2, D averaged over patches  (Mescheder et al. 2018,
+                  arXiv:1801.04406, eq. 9)
 
     The reconstruction is detached: no gradient reaches the autoencoder. Both halves pass in one batch, so that a
     wrapper such as DDP sees one forward per backward.
     """
-    logits = discriminator(torch.cat([image.detach(), reconstruction.detach().to(image.dtype)]))
+    image = image.detach().requires_grad_(r1_weight > 0)
+    logits = discriminator(torch.cat([image, reconstruction.detach().to(image.dtype)]))
     real, fake = logits.chunk(2)
-    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    if game == "hinge":
+        loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    else:
+        loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    if r1_weight > 0:
+        (slope,) = torch.autograd.grad(real.flatten(1).mean(1).sum(), image, create_graph=True)
+        loss = loss + 0.5 * r1_weight * slope.square().flatten(1).sum(1).mean()
+    return loss
 
 
 def adaptive_weight(
@@ -125,7 +168,7 @@ def adaptive_weight(
 def autoencoder_loss(
     image: Tensor,
     reconstruction: Tensor,
-    posterior: DiagonalGaussian,
+    between: DiagonalGaussian | Quantised,
     config: AutoencoderLossConfig,
     *,
     perceptual: Features | None = None,
@@ -134,18 +177,19 @@ def autoencoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the autoencoder's objective and its parts (LDM, arXiv:2112.10752, eq. 25).
 
-        L = |image - rec| + w_p d(image, rec) + w_kl KL / (C H W) + w_adv lambda (-mean D(rec))
+        L = |image - rec| + w_p d(image, rec) + R + w_adv lambda (-mean D(rec))
+        R = w_kl KL / (C H W) for a Gaussian, w_codebook (quantiser's loss) for a codebook
 
     Args:
         image: (B, 3, H, W) in [-1, 1].
         reconstruction: (B, 3, H, W).
-        posterior: the Gaussian that was decoded from.
+        between: what was decoded from: the posterior, or the quantised latents.
         config: the weights.
         perceptual: image -> feature maps, with gradient; None: no such part.
         discriminator: None before the adversarial part starts; not wrapped by DDP.
         last_layer: weight of the decoder's last layer, needed with a discriminator.
-    Returns: the loss, and detached scalars "reconstruction", "perceptual", "kl" (nats per image), "adversarial",
-        "adaptive_weight" as far as they were computed.
+    Returns: the loss, and detached scalars "reconstruction", "perceptual", "kl" (nats per image) or "quantiser",
+        "adversarial", "adaptive_weight" as far as they were computed.
     """
     image, reconstruction = image.float(), reconstruction.float()
     term = reconstruction_loss(image, reconstruction, config.reconstruction)
@@ -154,13 +198,18 @@ def autoencoder_loss(
         distance = perceptual_distance(perceptual, image, reconstruction).mean()
         parts["perceptual"] = distance.detach()
         term = term + config.perceptual_weight * distance
-    kl = posterior.kl().mean()
-    parts["kl"] = kl.detach()
-    loss = term + config.kl_weight * kl / image[0].numel()
+    if isinstance(between, DiagonalGaussian):
+        kl = between.kl().mean()
+        parts["kl"] = kl.detach()
+        loss = term + config.kl_weight * kl / image[0].numel()
+    else:
+        distance = quantiser_loss(between, config.commitment_weight, config.legacy_commitment)
+        parts["quantiser"] = distance.detach()
+        loss = term + config.codebook_weight * distance
     if discriminator is not None and config.adversarial_weight > 0:
         if last_layer is None:
             raise LdmPipeError("a discriminator without last_layer", "autoencoder_loss", "Give autoencoder.last_layer.")
-        adversarial = adversarial_loss(discriminator, reconstruction)
+        adversarial = adversarial_loss(discriminator, reconstruction, config.game)
         weight = adaptive_weight(term, adversarial, last_layer, config.max_adaptive_weight)
         parts |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
         loss = loss + config.adversarial_weight * weight * adversarial

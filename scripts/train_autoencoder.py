@@ -2,7 +2,9 @@
 
     accelerate launch scripts/train_autoencoder.py --config configs/emoji/autoencoder.yaml [--any.value X]
 
-Writes `<output_dir>/vae` (config.json, weights, measured latent scale), checkpoints, TensorBoard and sample grids.
+Writes `<output_dir>/vae` (config.json, weights, measured latent scale), checkpoints, TensorBoard, sample grids and, at
+the end, `<output_dir>/preview`, a decoder for pictures that are still being drawn. `scripts/evaluate.py autoencoder`
+measures the result.
 """
 
 from __future__ import annotations
@@ -12,28 +14,57 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoencoder import AutoencoderKL, PatchDiscriminator
+from autoencoder import Autoencoder, AutoencoderKL, PatchDiscriminator, VQModel, VQTraining, load_autoencoder
 from autoencoder.losses import Features
 from ldm_pipe.data.images import make_grid, to_pil
-from ldm_pipe.training.autoencoder import AutoencoderConfig, autoencoder_parts, latent_statistics
+from ldm_pipe.training.autoencoder import (
+    AutoencoderConfig,
+    CodebookLog,
+    autoencoder_parts,
+    follow_codebook,
+    latent_statistics,
+)
 from ldm_pipe.training.config import parse_config, run_script
+from ldm_pipe.training.crops import CropSource
 from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.loop import Trainer
 from ldm_pipe.training.pictures import PictureSource, drawing_weights, open_records
+from ldm_pipe.training.preview import make_preview
 from ldm_pipe.training.rng import generator
 
 
-def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """Build the network of the config with weights drawn from its seed."""
     levels = len(config.network.block_out_channels)
-    shape = config.network.model_dump(mode="json") | {
+    shape = config.network.model_dump(mode="json", exclude={"regularisation"}) | {
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "sample_size": config.data.resolution,
     }
     with torch.random.fork_rng():
         torch.default_generator.set_state(generator(config.seed, "init", "autoencoder").get_state())
-        return AutoencoderKL.from_config(shape)
+        if config.network.regularisation == "kl":
+            return AutoencoderKL.from_config(shape)
+        return VQModel.from_config(shape | {"num_vq_embeddings": config.codebook.num_vq_embeddings})
+
+
+def wrap_codebook(config: AutoencoderConfig, autoencoder: Autoencoder) -> AutoencoderKL | VQTraining:
+    """Put a VQ autoencoder into its training wrapper; a KL autoencoder needs none."""
+    if isinstance(autoencoder, AutoencoderKL):
+        return autoencoder
+    codebook = config.codebook
+    return VQTraining(autoencoder, ema=codebook.ema, decay=codebook.decay, dead_below=codebook.dead_below)
+
+
+def finish(autoencoder: Autoencoder, pictures: PictureSource, folder: Path) -> None:
+    """Measure the latents over all pictures, and write the autoencoder with its scale."""
+    mean, std = latent_statistics(autoencoder, pictures.batches(64))
+    finished = type(autoencoder).from_config(autoencoder.config)
+    finished.load_state_dict(autoencoder.state_dict())
+    finished.set_latent_statistics(mean, std)
+    if isinstance(finished, AutoencoderKL):
+        finished.fold_latent_shift()  # diffusers' pipelines apply the scale alone
+    finished.save_pretrained(folder)
 
 
 def load_perceptual(folder: str | None, device: torch.device) -> Features | None:
@@ -48,7 +79,7 @@ def load_perceptual(folder: str | None, device: torch.device) -> Features | None
 
 
 @torch.no_grad()
-def write_grid(autoencoder: AutoencoderKL, images: Tensor, path: Path, step: int, trainer: Trainer) -> None:
+def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, step: int, trainer: Trainer) -> None:
     """Write originals above their reconstructions as one picture, and to TensorBoard."""
     rebuilt, _ = autoencoder(images.to(autoencoder.device))
     both = [*images, *rebuilt.clamp(-1, 1).cpu()]
@@ -67,6 +98,7 @@ def main(argv: list[str]) -> None:
     pictures = PictureSource(records, config.data.resolution)
     device = process_device()
     autoencoder = build_autoencoder(config).to(device)
+    network = wrap_codebook(config, autoencoder)
     discriminator = None
     if config.objective.adversarial_weight > 0:
         with torch.random.fork_rng():
@@ -74,7 +106,9 @@ def main(argv: list[str]) -> None:
             discriminator = PatchDiscriminator(width=config.discriminator_width, num_layers=config.discriminator_layers)
             discriminator.to(device)
     perceptual = load_perceptual(config.perceptual, device)
-    parts = autoencoder_parts(config, autoencoder, discriminator, pictures, perceptual, device)
+    source = CropSource(records, config.data.resolution, config.crop) if config.crop.random else pictures
+    log = CodebookLog() if network is not autoencoder else None
+    parts = autoencoder_parts(config, network, discriminator, source, perceptual, device, log=log)
     folder = Path(config.output_dir)
     shown = pictures(list(range(0, len(records), max(1, len(records) // config.num_validation_images))))
     shown = shown[: config.num_validation_images]
@@ -82,19 +116,19 @@ def main(argv: list[str]) -> None:
     def validate(step: int, trainer: Trainer) -> None:
         write_grid(autoencoder, shown, folder / "grids" / f"step-{step:06d}.png", step, trainer)
 
-    def save_result() -> None:
-        mean, std = latent_statistics(autoencoder, pictures.batches(64))
-        finished = AutoencoderKL.from_config(autoencoder.config)
-        finished.load_state_dict(autoencoder.state_dict())
-        finished.set_latent_statistics(mean, std)
-        finished.fold_latent_shift()  # diffusers' pipelines apply the scale alone
-        finished.save_pretrained(folder / "vae")
-
     trainer = Trainer(
         config, parts, num_items=len(records), weights=drawing_weights(records, config.data),
-        fingerprint=records.fingerprint, validate=validate, save_result=save_result,
+        fingerprint=records.fingerprint, validate=validate,
+        save_result=lambda: finish(autoencoder, pictures, folder / "vae"),
     )  # fmt: skip
+    if log is not None:
+        follow_codebook(trainer, log)
     trainer.fit()
+    if trainer.is_main:
+        if trainer.step >= config.max_train_steps:
+            finished = load_autoencoder(folder / "vae", device=device)
+            make_preview(finished, pictures, config.preview, config.seed).save_pretrained(folder / "preview")
+        print(records.report)
 
 
 if __name__ == "__main__":

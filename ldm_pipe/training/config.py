@@ -33,7 +33,7 @@ class DataConfig(StrictModel):
         "data/emoji/data/noto/train.parquet", description="parquet file or folder, or image folder with captions"
     )
     image_column: str = "image"
-    caption_column: str = "caption"
+    caption_column: str | None = Field("caption", description="null: no captions are needed (autoencoder)")
     keywords_column: str | None = None
     concept_column: str | None = Field(None, description="rows are drawn with weight 1 / (rows of the same concept)")
     exclude_columns: tuple[str, ...] = Field((), description="boolean columns; rows where one is true are left out")
