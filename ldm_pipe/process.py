@@ -7,15 +7,16 @@ scalars or as one number per sample. This file does not know networks or sampler
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.schedule import NoiseSchedule, Prediction
+from ldm_pipe.schedule import Law, NoiseSchedule, Prediction
 
 Coefficient = float | Tensor
+Variance = Literal["fixed_small", "fixed_large", "learned"]  # of a step back; see `posterior` and `samplers.ddpm`
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Extras:
 NO_EXTRAS = Extras()
 
 
-def extras(law: NoiseSchedule, prediction: Prediction, t: Tensor) -> Extras:
+def extras(law: Law, prediction: Prediction, t: Tensor) -> Extras:
     """Return what a prediction needs at times t.
 
     Raises: LdmPipeError for a prediction that means nothing on this law.
@@ -52,7 +53,7 @@ def extras(law: NoiseSchedule, prediction: Prediction, t: Tensor) -> Extras:
             sigma_data = getattr(law, "sigma_data", None)
             if sigma_data is None:
                 raise LdmPipeError(
-                    'prediction "edm" needs the standard deviation of the data (sigma_data), which this law does not tell',
+                    'prediction "edm" needs sigma_data, the standard deviation of the data, which this law has not',
                     where=type(law).__name__,
                     how_to_fix="use the law EDM, or another prediction",
                 )

@@ -85,10 +85,10 @@ def threshold(
     def thresholded(x_t: Tensor, t: Tensor) -> Denoised:
         estimate = denoise(x_t, t)
         if space == "latent" or autoencoder is None:
-            return Denoised(squeeze(estimate.x0), estimate.log_var)
+            return Denoised(squeeze(estimate.x0), estimate.var_mix)
         dtype = parameter_dtype(autoencoder, estimate.x0.dtype)
         image = squeeze(autoencoder.decode(estimate.x0.to(dtype)).to(estimate.x0.dtype))
-        return Denoised(autoencoder.encode(image.to(dtype)).to(estimate.x0.dtype), estimate.log_var)
+        return Denoised(autoencoder.encode(image.to(dtype)).to(estimate.x0.dtype), estimate.var_mix)
 
     return thresholded
 

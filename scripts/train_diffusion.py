@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder, load_autoencoder
 from conditioning import CLIPTextEncoder
 from ldm_pipe.data.cache import LatentCache, TextCache, caption_variants, module_hash
 from ldm_pipe.data.captions import mix_caption
@@ -21,9 +21,14 @@ from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import make_grid
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pipeline import LatentDiffusionPipeline
-from ldm_pipe.schedule import NoiseSchedule, Prediction
 from ldm_pipe.training.config import parse_config, run_script
-from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, diffusion_loss
+from ldm_pipe.training.diffusion import (
+    DiffusionConfig,
+    DiffusionData,
+    build_importance,
+    build_objective,
+    diffusion_loss,
+)
 from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.loop import Part, Trainer
 from ldm_pipe.training.pictures import drawing_weights, open_records
@@ -31,12 +36,12 @@ from ldm_pipe.training.rng import generator
 from ldm_pipe.unet import UNet
 
 
-def build_unet(config: DiffusionConfig, autoencoder: AutoencoderKL, token_width: int) -> UNet:
+def build_unet(config: DiffusionConfig, autoencoder: Autoencoder, token_width: int) -> UNet:
     """Build the network of the config with weights drawn from its seed."""
     shape = config.unet.model_dump(mode="json") | {
         "sample_size": config.data.resolution // autoencoder.factor,
         "in_channels": autoencoder.latent_channels,
-        "out_channels": autoencoder.latent_channels,
+        "out_channels": autoencoder.latent_channels * (2 if config.learn_variance else 1),
         "cross_attention_dim": token_width,
     }
     with torch.random.fork_rng():
@@ -44,21 +49,9 @@ def build_unet(config: DiffusionConfig, autoencoder: AutoencoderKL, token_width:
         return UNet.from_config(shape)
 
 
-def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
-    """Build the noise schedule of the config."""
-    words: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-    return NoiseSchedule(
-        beta_schedule=config.schedule.beta_schedule,
-        beta_start=config.schedule.beta_start,
-        beta_end=config.schedule.beta_end,
-        num_train_timesteps=config.schedule.num_train_timesteps,
-        prediction=words[config.schedule.prediction_type],
-    )
-
-
 @torch.no_grad()
 def cache_inputs(
-    config: DiffusionConfig, records: Records, autoencoder: AutoencoderKL, text_encoder: CLIPTextEncoder
+    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, text_encoder: CLIPTextEncoder
 ) -> DiffusionData:
     """Compute, or find, the latents of every picture and the embeddings of every caption variant."""
     with tqdm(total=len(records), desc="latents") as bar:
@@ -87,15 +80,17 @@ def main(argv: list[str]) -> None:
     config = parse_config(DiffusionConfig, argv, "Train the diffusion model (second stage).")
     records = open_records(config.data)
     device = process_device()
-    autoencoder = AutoencoderKL.from_pretrained(config.autoencoder, device=device).requires_grad_(False)
+    autoencoder = load_autoencoder(config.autoencoder, device=device).requires_grad_(False)
     text_encoder = CLIPTextEncoder.from_pretrained(config.text_encoder, device=device).requires_grad_(False)
-    schedule = build_schedule(config)
+    schedule = config.schedule.build()
+    build_objective(config, schedule)  # refuses senseless settings before the work of caching
     data = cache_inputs(config, records, autoencoder, text_encoder)
     unet = build_unet(config, autoencoder, data.tokens.shape[-1]).to(device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    sampler, spacing = ("ddim", "leading") if config.schedule.kind == "discrete" else ("euler", None)
     defaults = Defaults(
-        sampler="ddim", spacing="leading", num_inference_steps=config.default_num_inference_steps,
+        sampler=sampler, spacing=spacing, num_inference_steps=config.default_num_inference_steps,
         guidance_scale=config.default_guidance_scale, height=config.data.resolution, width=config.data.resolution,
     )  # fmt: skip
     pipe = LatentDiffusionPipeline(unet, autoencoder, [text_encoder], schedule, defaults=defaults)
@@ -112,13 +107,16 @@ def main(argv: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         make_grid(images, columns=8, labels=prompts).save(path)
 
+    importance = build_importance(config)
     part = Part("unet", unet, lambda micro: loss(micro), config.optim, config.ema_decay if config.use_ema else None)
     trainer = Trainer(
         config, [part], num_items=len(records), weights=drawing_weights(records, config.data),
         fingerprint=records.fingerprint, validate=validate,
         save_result=lambda: pipe.save_pretrained(folder / "pipeline"),
+        kept={} if importance is None else {"importance": importance},
     )  # fmt: skip
-    loss = diffusion_loss(part.module, data, schedule, config, global_batch=trainer.global_batch, device=device)
+    sizes = {"global_batch": trainer.global_batch, "device": device}
+    loss = diffusion_loss(part.module, data, schedule, config, importance=importance, **sizes)
     trainer.fit()
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_pipe.schedule import NoiseSchedule
 from ldm_pipe.training.checkpoint import load_checkpoint
 from ldm_pipe.training.config import build_config
-from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, diffusion_loss
+from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, build_importance, diffusion_loss
 from ldm_pipe.training.loop import Logs, Micro, Part, Trainer
 from ldm_pipe.training.rng import generator
 from ldm_pipe.unet import UNet
@@ -73,9 +72,11 @@ def make_trainer(
     part = Part(
         "unet", make_unet(), lambda micro: loss(micro), config.optim, config.ema_decay if config.use_ema else None
     )
-    trainer = Trainer(config, [part], **{"num_items": len(data.mean), "fingerprint": "data", **options})
-    sizes = {"global_batch": trainer.global_batch, "device": trainer.accelerator.device}
-    loss = diffusion_loss(part.module, data, NoiseSchedule(prediction="v"), config, **sizes)
+    importance = build_importance(config)
+    kept = {} if importance is None else {"importance": importance}
+    trainer = Trainer(config, [part], **{"num_items": len(data.mean), "fingerprint": "data", "kept": kept, **options})
+    sizes: Any = {"global_batch": trainer.global_batch, "device": trainer.accelerator.device}
+    loss = diffusion_loss(part.module, data, config.schedule.build(), config, importance=importance, **sizes)
     loss = wrap(loss) if wrap else loss
     return trainer
 

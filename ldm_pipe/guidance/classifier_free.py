@@ -32,7 +32,8 @@ def cfg(
 
         out = phi out std(cond) / std(out) + (1 - phi) out
 
-    both in the space of the network's own prediction, the standard deviations over each sample.
+    both in the space of the network's own prediction, the standard deviations over each sample. A learnt variance is
+    not guided: the conditional one is taken.
 
     Args:
         denoiser: the model.
@@ -71,9 +72,12 @@ def cfg(
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         times = torch.cat([t, t]) if t.ndim else t
         without, given = denoiser.predict(torch.cat([x_t, x_t]), times, both).chunk(2)
-        out = without + scale * (given - without)
+        num = x_t.shape[1]  # further channels are of the variance
+        out = without[:, :num] + scale * (given[:, :num] - without[:, :num])
         if rescale > 0:
-            out = rescale_std(out, given, rescale)
+            out = rescale_std(out, given[:, :num], rescale)
+        if given.shape[1] > num:
+            out = torch.cat([out, given[:, num:]], dim=1)
         return denoiser.to_denoised(out, x_t, t)
 
     return denoise

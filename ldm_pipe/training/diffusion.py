@@ -14,9 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm_pipe import objectives
+from ldm_pipe import objectives, times
+from ldm_pipe.betas import BetaSchedule
+from ldm_pipe.denoiser import network_input
+from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow
+from ldm_pipe.objectives import Objective
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import q_sample
-from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.schedule import Law, NoiseSchedule, Prediction
 from ldm_pipe.training.config import StrictModel, TrainConfig
 from ldm_pipe.training.loop import Logs, Micro
 from ldm_pipe.training.rng import batch_normal, batch_uniform
@@ -37,14 +42,55 @@ class UNetConfig(StrictModel):
     norm_num_groups: int = 32
 
 
-class ScheduleConfig(StrictModel):
-    """Noise schedule and prediction, in diffusers' words."""
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow", "score": "score",
+    "posterior_mean": "mean", "edm": "edm",
+}  # fmt: skip
 
+
+class ScheduleConfig(StrictModel):
+    """Noise schedule and prediction, in diffusers' words where it has them."""
+
+    kind: Literal["discrete", "vp", "flow", "ve", "edm"] = Field(
+        "discrete", description="discrete betas; or in continuous time: VP (linear beta(t)), rectified flow, VE, EDM's"
+    )
     num_train_timesteps: int = Field(1000, ge=2)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    beta_schedule: BetaSchedule = Field(
+        "scaled_linear", description="of the discrete kind, with beta_start and beta_end"
+    )
     beta_start: float = Field(0.00085, gt=0, lt=1)
     beta_end: float = Field(0.012, gt=0, lt=1)
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
+    zero_terminal_snr: bool = Field(False, description="the discrete kind's last level is pure noise")
+    sigma_min: float = Field(0.01, gt=0, description="cleanest level of ve and edm")
+    sigma_max: float = Field(50.0, gt=0, description="noisiest level of ve and edm")
+    sigma_data: float = Field(1.0, gt=0, description="standard deviation of the latents, for edm; they are normalised")
+    shift: float = Field(1.0, gt=0, description="of flow's times when drawing, towards the noise")
+    prediction_type: Literal[
+        "epsilon", "sample", "v_prediction", "flow_prediction", "score", "posterior_mean", "edm"
+    ] = "v_prediction"
+
+    def build(self) -> Law:
+        """Build the noise law."""
+        prediction, num = PREDICTIONS[self.prediction_type], self.num_train_timesteps
+        match self.kind:
+            case "discrete":
+                return NoiseSchedule(
+                    beta_schedule=self.beta_schedule,
+                    beta_start=self.beta_start,
+                    beta_end=self.beta_end,
+                    num_train_timesteps=num,
+                    prediction=prediction,
+                    zero_terminal_snr=self.zero_terminal_snr,
+                )
+            case "vp":
+                return ContinuousVP(prediction=prediction, num_train_timesteps=num)
+            case "flow":
+                return Flow(prediction=prediction, num_train_timesteps=num, shift=self.shift)
+            case "ve":
+                ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+                return VE(prediction=prediction, num_train_timesteps=num, **ends)
+            case "edm":
+                return EDM(self.sigma_min, self.sigma_max, self.sigma_data, prediction=prediction)
 
 
 class DiffusionConfig(TrainConfig):
@@ -59,8 +105,21 @@ class DiffusionConfig(TrainConfig):
         0.1, ge=0, le=1, description="share of captions replaced by the empty prompt, for guidance"
     )
     num_caption_variants: int = Field(8, ge=1, description="captions per picture mixed from its name and keywords")
-    snr_gamma: float | None = Field(5.0, gt=0, description="min-SNR weighting; null is L_simple")
+    objective: objectives.Kind = Field("simple", description="hybrid and vlb are for the discrete kind of schedule")
+    learn_variance: bool = Field(False, description="the U-Net gets twice the output channels; for hybrid and vlb")
+    vlb_weight: float = Field(0.001, gt=0, description="lambda of hybrid")
+    loss_weighting: objectives.Weighting = Field("min_snr", description="of the noise levels in the simple loss")
+    snr_gamma: float | None = Field(5.0, gt=0, description="of min_snr and soft_min_snr; null is L_simple")
+    p2_gamma: float = Field(1.0, gt=0)
+    loss_type: objectives.LossType = "l2"
+    huber_c: float = Field(0.1, gt=0)
+    time_sampling: Literal["uniform", "logit_normal", "log_normal", "importance"] | None = Field(
+        None, description="null: log_normal for the schedule edm, else uniform"
+    )
+    time_mean: float | None = Field(None, description="of logit_normal (null: 0) and log_normal (null: -1.2)")
+    time_std: float | None = Field(None, gt=0, description="of logit_normal (null: 1) and log_normal (null: 1.2)")
     noise_offset: float = Field(0.0, ge=0)
+    input_perturbation: float = Field(0.0, ge=0, description="0.1 in DDPM-IP")
     validation_prompts: tuple[str, ...] = ("red apple", "octopus", "grinning face", "racing car")
     validation_guidance_scale: float = 4.0
     validation_num_inference_steps: int = Field(20, ge=1)
@@ -84,60 +143,111 @@ class DiffusionData:
     caption_rows: Tensor
 
 
-def stratified_t(u: Tensor, positions: range, global_batch: int, num_train_timesteps: int) -> Tensor:
-    """Spread one uniform over the batch, so that every batch covers all noise levels evenly.
+def build_objective(config: DiffusionConfig, law: Law) -> Objective:
+    """Build what the run minimises.
 
-        t_i = floor(T ((u + i / B) mod 1))      (Kingma et al. 2021, arXiv:2107.00630, appendix I.1)
-
-    Args:
-        u: one uniform in [0, 1), shape ().
-        positions: places i of this slice in the global batch of B pictures.
-    Returns: integer times as float32, shape (len(positions),); each is uniform on 0..T-1.
+    Raises: LdmPipeError for settings that mean nothing together.
     """
-    places = torch.tensor(list(positions), dtype=torch.float64) / global_batch
-    return ((u + places).remainder(1.0) * num_train_timesteps).floor().clamp_max(num_train_timesteps - 1).float()
+    if config.objective != "simple" and not isinstance(law, NoiseSchedule):
+        what = f"objective {config.objective} sums over discrete times, schedule.kind {config.schedule.kind} has none"
+        raise LdmPipeError(what, "config", "use objective simple, or schedule.kind discrete")
+    if config.time_sampling == "importance" and not isinstance(law, NoiseSchedule):
+        what = f"time_sampling importance counts discrete times, schedule.kind {config.schedule.kind} has none"
+        raise LdmPipeError(what, "config", "use another time_sampling, or schedule.kind discrete")
+    weighting, gamma = config.loss_weighting, config.p2_gamma
+    if weighting in ("min_snr", "soft_min_snr"):
+        weighting, gamma = ("none", 1.0) if config.snr_gamma is None else (weighting, config.snr_gamma)
+    return Objective(
+        kind=config.objective,
+        weighting=weighting,
+        gamma=gamma,
+        loss_type=config.loss_type,
+        huber_c=config.huber_c,
+        vlb_weight=config.vlb_weight,
+        variance="learned" if config.learn_variance else "fixed_small",
+    )
+
+
+def build_importance(config: DiffusionConfig) -> times.SecondMoment | None:
+    """Build the state of importance sampling, if the run has it; the trainer keeps it in its checkpoints."""
+    return times.SecondMoment(config.schedule.num_train_timesteps) if config.time_sampling == "importance" else None
+
+
+def choose_times(
+    config: DiffusionConfig, law: Law, micro: Micro, global_batch: int, importance: times.SecondMoment | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the times of a slice, and the weights of importance sampling."""
+    if importance is not None:
+        u = batch_uniform(1, config.seed, "t", micro.step, positions=micro.positions)[:, 0]
+        return importance.draw(u)
+    u = batch_uniform(1, config.seed, "t", micro.step, positions=range(1))[0, 0]
+    u = times.stratify(u, micro.positions, global_batch)
+    given = {"mean": config.time_mean, "std": config.time_std}
+    options = {name: value for name, value in given.items() if value is not None}
+    match config.time_sampling or ("log_normal" if isinstance(law, EDM) else "uniform"):
+        case "logit_normal":
+            return times.logit_normal(law, u, **options), None
+        case "log_normal":
+            return times.log_normal(law, u, **options), None
+    return times.uniform(law, u), None
+
+
+def of_all_processes(values: Tensor, device: torch.device) -> Tensor:
+    """Join the values of all processes along the first axis, in the order of their ranks; they pass by the device."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values.cpu()
+    values = values.to(device)
+    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts).cpu()
 
 
 def diffusion_loss(
     net: Callable[..., Tensor],
     data: DiffusionData,
-    schedule: NoiseSchedule,
+    schedule: Law,
     config: DiffusionConfig,
     *,
     global_batch: int,
     device: torch.device,
+    importance: times.SecondMoment | None = None,
 ) -> Callable[[Micro], tuple[Tensor, Logs]]:
-    """Make the loss function of a run: L_simple or min-SNR weighted, with caption dropout.
+    """Make the loss function of a run: the config's objective, with caption dropout.
 
-    All draws are keyed by (seed, purpose, step, position), see `ldm_pipe.training.rng`.
+    All draws are keyed by (seed, purpose, step, position), see `ldm_pipe.training.rng`. Importance sampling learns
+    from the losses of all processes, so that they stay alike, and draws the times of a batch independently.
     """
-    prediction = schedule.prediction
-    null_row = data.tokens.shape[0] - 1
+    objective, null_row = build_objective(config, schedule), data.tokens.shape[0] - 1
+    keys, shape = (config.seed,), tuple(data.mean.shape[1:])
+
+    def normal(purpose: str, micro: Micro, size: tuple[int, ...] = shape) -> Tensor:
+        return batch_normal(size, *keys, purpose, micro.step, positions=micro.positions)
 
     def loss(micro: Micro) -> tuple[Tensor, Logs]:
-        keys, shape = (config.seed,), tuple(data.mean.shape[1:])
         rows = torch.tensor(micro.indices)
         draws = batch_uniform(2, *keys, "caption", micro.step, positions=micro.positions)  # (B, 2)
         variant = (draws[:, 0] * data.caption_rows.shape[1]).long()
         text_rows = data.caption_rows[rows, variant]
         text_rows = torch.where(draws[:, 1] < config.caption_dropout, null_row, text_rows)
         tokens = data.tokens[text_rows].float().to(device)  # (B, L, D)
-        posterior = batch_normal(shape, *keys, "posterior", micro.step, positions=micro.positions)
-        x0 = (data.mean[rows] + data.std[rows] * posterior).to(device)
-        eps = batch_normal(shape, *keys, "noise", micro.step, positions=micro.positions).to(device)
+        x0 = (data.mean[rows] + data.std[rows] * normal("posterior", micro)).to(device)
+        eps = normal("noise", micro).to(device)
         if config.noise_offset:
-            offset = batch_normal(shape[:1], *keys, "offset", micro.step, positions=micro.positions)
+            offset = normal("offset", micro, shape[:1])
             eps = objectives.offset_noise(eps, offset.to(device), config.noise_offset)
-        u = batch_uniform(1, *keys, "t", micro.step, positions=range(1))[0, 0]
-        t = stratified_t(u, micro.positions, global_batch, schedule.num_train_timesteps)
+        t, weight = choose_times(config, schedule, micro, global_batch, importance)
         alpha, sigma = (c.to(device) for c in schedule.alpha_sigma(t))
-        x_t = q_sample(x0, eps, alpha, sigma)
-        output = net(x_t, t.to(device), tokens=tokens)
-        weight = (
-            None if config.snr_gamma is None else objectives.min_snr_weight(prediction, alpha, sigma, config.snr_gamma)
-        )
-        wanted = objectives.target(prediction, x0, eps, alpha, sigma)
-        return objectives.squared_error(output, wanted, weight).mean(), {}
+        mixed = eps
+        if config.input_perturbation:
+            mixed = objectives.perturb_input(eps, normal("perturbation", micro).to(device), config.input_perturbation)
+        x_t = q_sample(x0, mixed, alpha, sigma)
+        shown, time = network_input(schedule, schedule.prediction, x_t, t)
+        output = net(shown, time.to(device, torch.float32), tokens=tokens)
+        losses = objectives.losses(objective, schedule, output, x0, eps, x_t, t)
+        if importance is not None and weight is not None:
+            importance.update(of_all_processes(t, device), of_all_processes(losses.detach().float(), device))
+            losses = losses * weight.to(losses)
+        return losses.mean(), {}
 
     return loss
 

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,7 @@ class Trainer:
         fingerprint: of the data set; a resumed run must have the same.
         validate: called with the step, EMA weights in place, on the main process, every `validation_steps`.
         save_result: called with EMA weights in place on the main process after every checkpoint: writes the result.
+        kept: further modules by name, alike in all processes, whose state belongs in the checkpoint.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Trainer:
         fingerprint: str = "",
         validate: Callable[[int, Trainer], None] | None = None,
         save_result: Callable[[], None] | None = None,
+        kept: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Set processes, optimisers and the data order up; nothing is trained yet."""
         from accelerate import Accelerator
@@ -109,6 +111,7 @@ class Trainer:
         )
         self.order = DataOrder(num_items, self.global_batch, config.seed, weights)
         self.raw = {part.name: part.module for part in parts}
+        self.kept = dict(kept or {})
         self.ema = {
             p.name: Ema(p.module.to(self.accelerator.device), p.ema_decay) for p in parts if p.ema_decay is not None
         }
@@ -129,7 +132,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
-        groups: dict[str, dict[str, Tensor]] = {}
+        groups: dict[str, dict[str, Tensor]] = {n: dict(module.state_dict()) for n, module in self.kept.items()}
         for name, module in self.raw.items():
             groups[name] = dict(module.state_dict())
             groups[f"{name}.optimizer"] = optimizer_tensors(self.optimizers[name])
@@ -177,6 +180,8 @@ class Trainer:
                 what, str(folder), "Choose batch size x accumulation x processes to give the same product."
             )
         try:
+            for name, module in self.kept.items():
+                module.load_state_dict(groups[name], strict=True)
             for name, module in self.raw.items():
                 module.load_state_dict(groups[name], strict=True)
                 restore_optimizer(self.optimizers[name], groups[f"{name}.optimizer"])

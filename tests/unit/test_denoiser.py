@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.denoiser import Denoiser
+from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import from_x0_eps, q_sample
-from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.process import extras, from_x0_eps, q_sample
+from ldm_pipe.schedule import Law, NoiseSchedule
 
 SLOTS = ("tokens", "token_mask", "pooled", "spatial", "labels")
 
@@ -21,14 +22,56 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "score", "mean"])
 @pytest.mark.parametrize("t", [torch.tensor([2, 300, 800]), torch.tensor(300.0)])
 def test_a_perfect_network_gives_x0(prediction: Any, t: Tensor) -> None:
     schedule = NoiseSchedule(prediction=prediction)
-    x0, eps = normal(3, 4, 6, 6, seed=1), normal(3, 4, 6, 6, seed=2)
+    x0, eps = normal(3, 4, 6, 6, seed=1).double(), normal(3, 4, 6, 6, seed=2).double()
     alpha, sigma = schedule.alpha_sigma(t)
-    denoiser = Denoiser(lambda x, t: from_x0_eps(prediction, x0, eps, alpha, sigma), schedule)
+    extra = extras(schedule, prediction, t)
+    denoiser = Denoiser(lambda x, t: from_x0_eps(prediction, x0, eps, alpha, sigma, extra), schedule)
     assert torch.allclose(denoiser(q_sample(x0, eps, alpha, sigma), t).x0, x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("law", [Flow(), VE(), VE(prediction="x0"), ContinuousVP(prediction="v"), EDM(sigma_data=0.7)])
+@pytest.mark.parametrize("place", [torch.tensor([0.1, 0.5, 0.9]), torch.tensor(0.5)])
+def test_a_perfect_network_gives_x0_on_continuous_laws(law: Law, place: Tensor) -> None:
+    """The network is told the law's own time; EDM's is shown an input of unit variance."""
+    low, high = law.t_range
+    t = low + place.double() * (high - low)
+    x0, eps = normal(3, 4, 50, seed=1).double(), normal(3, 4, 50, seed=2).double()
+    alpha, sigma = law.alpha_sigma(t)
+    x_t = q_sample(0.7 * x0, eps, alpha, sigma)
+
+    def net(x: Tensor, told: Tensor) -> Tensor:
+        assert torch.allclose(told, law.network_time(t).float())
+        if law.prediction == "edm":
+            assert torch.allclose(x.std((1, 2)), torch.ones(3).double(), atol=0.2)
+        else:
+            assert torch.equal(x, x_t)
+        return from_x0_eps(law.prediction, 0.7 * x0, eps, alpha, sigma, extras(law, law.prediction, t))
+
+    assert torch.allclose(Denoiser(net, law)(x_t, t).x0, 0.7 * x0, atol=1e-6)
+
+
+def test_twice_the_channels_are_a_prediction_and_a_variance() -> None:
+    """The channel -1 is the small bound (0), +1 the large one (1), as in the code of arXiv:2102.09672."""
+    x = normal(2, 3, 4)
+    raw = torch.cat([0.5 * x, torch.linspace(-1, 1, 24).reshape(2, 3, 4)], dim=1)
+    denoised = Denoiser(lambda x, t: raw, NoiseSchedule(), "x0")(x, torch.tensor(5))
+    assert torch.equal(denoised.x0, 0.5 * x)
+    assert denoised.var_mix is not None
+    assert torch.allclose(denoised.var_mix, torch.linspace(0, 1, 24).reshape(2, 3, 4), atol=1e-6)
+    assert Denoiser(lambda x, t: x, NoiseSchedule(), "x0")(x, torch.tensor(5)).var_mix is None
+
+
+def test_predictions_without_a_meaning_on_the_law_are_refused_at_construction() -> None:
+    with pytest.raises(LdmPipeError, match="sigma_data"):
+        Denoiser(lambda x, t: x, NoiseSchedule(), "edm")
+    with pytest.raises(LdmPipeError, match="continuous"):
+        Denoiser(lambda x, t: x, Flow(), "mean")
+    with pytest.raises(LdmPipeError, match="zero terminal SNR"):
+        Denoiser(lambda x, t: x, Flow(), "score")
 
 
 def test_eps_on_a_schedule_that_reaches_alpha_0_is_refused_at_construction() -> None:
@@ -81,7 +124,7 @@ def test_the_frame_is_float32_whatever_the_network_runs_in(dtype: torch.dtype) -
 
 def test_an_output_of_another_shape_is_refused() -> None:
     with pytest.raises(LdmPipeError, match="shape"):
-        Denoiser(lambda x, t: x.repeat(1, 2), NoiseSchedule())(normal(2, 3), torch.tensor(5))
+        Denoiser(lambda x, t: x.repeat(1, 3), NoiseSchedule())(normal(2, 3), torch.tensor(5))
 
 
 class KeepingNet:

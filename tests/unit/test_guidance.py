@@ -121,3 +121,20 @@ def test_a_missing_condition_is_named() -> None:
         guidance.cfg(denoiser, cond, None, 5.0)
     with pytest.raises(LdmPipeError, match="without a condition"):
         guidance.cfg(denoiser, None, uncond, 5.0)
+
+
+def test_a_learnt_variance_is_the_conditional_one() -> None:
+    _, _, cond, uncond, x = setup()
+    plain = CountingNet()
+
+    def net(x: Tensor, t: Tensor, tokens: Tensor, **_: Any) -> Tensor:
+        mean = plain(x, t, tokens)
+        return torch.cat([mean, 0.1 * mean], dim=1)
+
+    denoiser = Denoiser(net, NoiseSchedule(prediction="v"))
+    for rescale in (0.0, 0.7):
+        guided = guidance.cfg(denoiser, cond, uncond, 7.5, rescale=rescale)(x, T)
+        only_mean = guidance.cfg(Denoiser(plain, NoiseSchedule(prediction="v")), cond, uncond, 7.5, rescale=rescale)
+        assert torch.allclose(guided.x0, only_mean(x, T).x0, atol=1e-5)
+        assert guided.var_mix is not None
+        assert torch.allclose(guided.var_mix, denoiser(x, T, cond).var_mix, atol=1e-6)  # type: ignore[arg-type]

@@ -1,11 +1,12 @@
-"""Laws of the diffusion task: times, perfect predictor, caption dropout, overfitting one batch."""
+"""Laws of the diffusion task: perfect predictor, objectives, times, caption dropout, overfitting one batch."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,40 +14,25 @@ from torch import Tensor
 
 pytest.importorskip("accelerate")
 
-from ldm_pipe.schedule import NoiseSchedule
-from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, diffusion_loss, stratified_t
+from ldm_pipe.laws import EDM, Flow
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.process import edm_spread, eps_from_x0, expand, extras, from_x0_eps
+from ldm_pipe.schedule import Law, NoiseSchedule
+from ldm_pipe.training.config import build_config, read_yaml
+from ldm_pipe.training.diffusion import (
+    DiffusionConfig,
+    DiffusionData,
+    build_importance,
+    build_objective,
+    choose_times,
+    diffusion_loss,
+)
 from ldm_pipe.training.loop import Micro
-from tests.training import make_config, make_data, make_trainer
+from ldm_pipe.training.rng import batch_normal, batch_uniform
+from tests.source import ROOT
+from tests.training import assert_same_bits, make_config, make_data, make_trainer, whole_state
 
 CPU = torch.device("cpu")
-
-
-# -- times -------------------------------------------------------------------------------------------------------
-
-
-def test_stratified_times_are_uniform_per_sample_and_spread_over_the_batch() -> None:
-    size, num_t, tries = 8, 40, 4000
-    uniform = torch.rand(tries, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    times = torch.stack([stratified_t(u, range(size), size, num_t) for u in uniform])  # (tries, size)
-    assert times.min() == 0
-    assert times.max() == num_t - 1
-    assert torch.equal(times, times.floor())
-    for place in range(size):
-        counts = torch.bincount(times[:, place].long(), minlength=num_t).double()
-        expected = tries / num_t
-        chi2 = ((counts - expected).square() / expected).sum()
-        assert chi2 < 72.1  # 39 degrees of freedom, p = 0.001
-    # every batch has one time in each eighth
-    eighths = (times * size / num_t).floor().long().sort(dim=1).values
-    assert torch.equal(eighths, torch.arange(size).expand(tries, size))
-
-
-def test_stratified_times_do_not_depend_on_the_split_of_the_batch() -> None:
-    u = torch.tensor(0.77, dtype=torch.float64)
-    whole = stratified_t(u, range(6), 6, 1000)
-    parts = [stratified_t(u, range(i, i + 2), 6, 1000) for i in (0, 2, 4)]
-    assert torch.equal(torch.cat(parts), whole)
-    assert stratified_t(torch.tensor(1 - 2**-53, dtype=torch.float64), range(3), 3, 10).max() <= 9
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------
@@ -55,18 +41,20 @@ def test_stratified_times_do_not_depend_on_the_split_of_the_batch() -> None:
 class Oracle:
     """The perfect predictor of a data set whose latents are all the same point."""
 
-    def __init__(self, point: Tensor, schedule: NoiseSchedule) -> None:
+    def __init__(self, point: Tensor, schedule: Law) -> None:
         self.point, self.schedule = point, schedule
         self.seen: list[Tensor] = []
-        self.times: list[Tensor] = []
 
     def __call__(self, x_t: Tensor, t: Tensor, *, tokens: Tensor) -> Tensor:
         self.seen.append(tokens)
-        self.times.append(t)
-        alpha, sigma = (c[:, None, None, None] for c in self.schedule.alpha_sigma(t))
+        law, t = self.schedule, t.double()
+        t = (4 * t).exp() if isinstance(law, EDM) else t / float(law.network_time(torch.ones(())))  # told -> law's
+        alpha, sigma = law.alpha_sigma(t)
+        extra = extras(law, law.prediction, t)
+        if extra.sigma_data is not None:
+            x_t = x_t * expand(edm_spread(alpha, sigma, extra.sigma_data), x_t)
         x0 = self.point.expand_as(x_t)
-        eps = (x_t - alpha * x0) / sigma
-        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[self.schedule.prediction]
+        return from_x0_eps(law.prediction, x0, eps_from_x0(x_t, x0, alpha, sigma), alpha, sigma, extra)
 
 
 def one_point() -> DiffusionData:
@@ -78,20 +66,153 @@ def micro(step: int = 0, size: int = 8) -> Micro:
     return Micro(step, [i % 11 for i in range(size)], range(size))
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+SCHEDULES = [
+    *({"prediction_type": name} for name in ("epsilon", "sample", "v_prediction", "score", "posterior_mean")),
+    {"prediction_type": "v_prediction", "zero_terminal_snr": True, "beta_schedule": "squaredcos_cap_v2"},
+    {"kind": "vp", "prediction_type": "epsilon"},
+    {"kind": "flow", "prediction_type": "flow_prediction"},
+    {"kind": "ve", "prediction_type": "score"},
+    {"kind": "edm", "prediction_type": "edm", "sigma_max": 20.0},
+]
+
+
 @pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(str(v) for v in s.values()))
 def test_the_loss_of_the_perfect_predictor_is_zero(
-    tmp_path: Path, prediction: Literal["eps", "x0", "v"], gamma: float | None
+    tmp_path: Path, schedule: dict[str, Any], gamma: float | None
 ) -> None:
-    schedule, data = NoiseSchedule(prediction=prediction), one_point()
-    config = make_config(tmp_path, snr_gamma=gamma)
-    perfect = Oracle(data.mean[:1], schedule)
-    loss = diffusion_loss(perfect, data, schedule, config, global_batch=8, device=CPU)
-    wrong = diffusion_loss(Oracle(data.mean[:1] + 1, schedule), data, schedule, config, global_batch=8, device=CPU)
-    for step in range(5):
-        # at t = 0 sigma is 0.03, which enlarges fp32 rounding of eps by 34
-        assert loss(micro(step))[0].item() < 1e-8
-        assert wrong(micro(step))[0].item() > 1e-3
+    config, data = make_config(tmp_path, snr_gamma=gamma, schedule=schedule), one_point()
+    law = config.schedule.build()
+    perfect = Oracle(data.mean[:1], law)
+    loss = diffusion_loss(perfect, data, law, config, global_batch=8, device=CPU)
+    wrong = diffusion_loss(Oracle(data.mean[:1] + 1, law), data, law, config, global_batch=8, device=CPU)
+    # fp32 rounding of x_t and of the time told is enlarged by 1 / sigma in eps and by 1 / sigma^2 in the score
+    for step in range(4):
+        assert loss(micro(step))[0].item() < 1e-4 * wrong(micro(step))[0].item()
+        assert wrong(micro(step))[0].item() > 1e-6
+
+
+def test_the_config_of_the_shipped_model_still_means_the_same_loss() -> None:
+    """L_simple of v with stratified times, written out as it was when the shipped model was trained: equal bits."""
+    path = ROOT / "configs" / "emoji" / "diffusion.yaml"
+    config, data = build_config(DiffusionConfig, read_yaml(path), str(path)), make_data()
+    law = config.schedule.build()
+    assert law == NoiseSchedule(prediction="v")
+    net = lambda x, t, *, tokens: 0.3 * x + t[:, None, None, None] / 1000 + tokens.mean()  # noqa: E731
+    for step in range(3):
+        ours = diffusion_loss(net, data, law, config, global_batch=8, device=CPU)(micro(step))[0]
+        rows, places = torch.tensor(micro(step).indices), range(8)
+        draws = batch_uniform(2, 0, "caption", step, positions=places)
+        text = data.caption_rows[rows, (draws[:, 0] * 2).long()]
+        tokens = data.tokens[torch.where(draws[:, 1] < 0.1, 4, text)].float()
+        x0 = data.mean[rows] + data.std[rows] * batch_normal((2, 4, 4), 0, "posterior", step, positions=places)
+        eps = batch_normal((2, 4, 4), 0, "noise", step, positions=places)
+        u = batch_uniform(1, 0, "t", step, positions=range(1))[0, 0]
+        t = (((u + torch.arange(8).double() / 8).remainder(1.0)) * 1000).floor().float()
+        alpha, sigma = (c.float()[:, None, None, None] for c in law.alpha_sigma(t))
+        output = net(alpha * x0 + sigma * eps, t, tokens=tokens)
+        assert torch.equal(ours, (output - (alpha * eps - sigma * x0)).square().flatten(1).mean(1).mean())
+
+
+def test_the_default_config_is_min_snr_weighted_v(tmp_path: Path) -> None:
+    objective = build_objective(make_config(tmp_path), NoiseSchedule())
+    assert (objective.kind, objective.weighting, objective.gamma, objective.loss_type) == ("simple", "min_snr", 5, "l2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"objective": "hybrid"}, "learned"),
+        ({"learn_variance": True}, "L_simple"),
+        ({"objective": "vlb", "schedule": {"kind": "flow"}}, "schedule.kind flow"),
+        ({"time_sampling": "importance", "schedule": {"kind": "edm"}}, "schedule.kind edm"),
+    ],
+)
+def test_settings_that_mean_nothing_together_are_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    config = make_config(tmp_path, **changes)
+    with pytest.raises(LdmPipeError, match=named):
+        build_objective(config, NoiseSchedule() if config.schedule.kind == "discrete" else Flow())
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "vlb"])
+def test_a_learned_variance_is_trained(tmp_path: Path, kind: str) -> None:
+    config, data = make_config(tmp_path, objective=kind, learn_variance=True), make_data()
+    channel: Any = torch.zeros((), requires_grad=True)
+
+    def net(x: Tensor, t: Tensor, **_: Any) -> Tensor:
+        return torch.cat([0.5 * x, channel.expand_as(x)], dim=1)
+
+    diffusion_loss(net, data, NoiseSchedule(prediction="v"), config, global_batch=8, device=CPU)(micro())[0].backward()
+    assert channel.grad.isfinite()
+    assert channel.grad != 0
+
+
+@pytest.mark.parametrize(("changes", "mean", "std"), [({}, -1.2, 1.2), ({"time_mean": 0.0, "time_std": 0.5}, 0.0, 0.5)])
+def test_edm_times_are_log_normal_by_themselves(
+    tmp_path: Path, changes: dict[str, Any], mean: float, std: float
+) -> None:
+    config = make_config(tmp_path, schedule={"kind": "edm", "prediction_type": "edm"}, **changes)
+    t, weight = choose_times(config, config.schedule.build(), micro(0, 1024), 1024, None)
+    assert weight is None
+    assert float(t.log().mean()) == pytest.approx(mean, abs=0.03)
+    assert float(t.log().std()) == pytest.approx(std, abs=0.05)
+
+
+def test_importance_sampling_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Its history lies in the checkpoint; with 3 times each has its 10 losses after some 15 steps."""
+    changes: dict[str, Any] = {
+        "time_sampling": "importance",
+        "schedule": {"num_train_timesteps": 3, "beta_start": 0.2, "beta_end": 0.7},
+        "max_train_steps": 22,
+        "checkpointing_steps": 18,
+    }
+    whole = make_trainer(make_config(tmp_path, **changes))
+    whole.fit()
+    counts = whole.kept["importance"].state_dict()["counts"]
+    assert int(counts.min()) > 10
+    assert int(counts.sum()) == 22 * 4
+    shutil.rmtree(tmp_path / "checkpoint-22")
+    half = make_trainer(make_config(tmp_path, **changes))
+    half.resume(str(tmp_path / "checkpoint-18"))
+    for _ in range(4):
+        half.train_step()
+    assert_same_bits(whole_state(half), whole_state(whole))
+
+
+def test_importance_weights_undo_the_choice_of_times(tmp_path: Path) -> None:
+    """With a history that prefers one time, the mean weighted loss over many batches is that of uniform times."""
+    changes: dict[str, Any] = {"schedule": {"num_train_timesteps": 2, "beta_start": 0.1, "beta_end": 0.9}}
+    data, law = one_point(), make_config(tmp_path, **changes).schedule.build()
+
+    def mean_loss(time_sampling: str) -> tuple[float, float]:
+        config = make_config(tmp_path, time_sampling=time_sampling, snr_gamma=None, **changes)
+        importance = build_importance(config)
+        if importance is not None:
+            importance.update(torch.tensor([0, 1]).repeat(10), torch.tensor([0.1, 0.9]).repeat(10))
+            importance.update = lambda t, losses: None  # type: ignore[method-assign]  # stays as it is
+        net = lambda x, t, *, tokens: t[:, None, None, None].expand_as(x)  # noqa: E731
+        loss = diffusion_loss(net, data, law, config, global_batch=64, device=CPU, importance=importance)
+        values = torch.stack([loss(micro(step, 64))[0] for step in range(40)])
+        return float(values.mean()), float(values.std() / 40**0.5)
+
+    (uniform, error), (weighted, other) = mean_loss("uniform"), mean_loss("importance")
+    assert abs(uniform - weighted) < 4 * (error**2 + other**2) ** 0.5
+
+
+def test_perturbed_inputs_are_noisier_than_the_target_says(tmp_path: Path) -> None:
+    data, schedule = one_point(), NoiseSchedule(prediction="eps")
+    caught: list[Tensor] = []
+
+    def net(x_t: Tensor, t: Tensor, **_: Any) -> Tensor:
+        alpha, sigma = schedule.alpha_sigma(t)
+        caught.append(eps_from_x0(x_t, data.mean[:1].expand_as(x_t), alpha, sigma))
+        return caught[0]  # the noise without perturbation, which is still what is asked for
+
+    for strength in (0.0, 0.5):
+        config = make_config(tmp_path, input_perturbation=strength, snr_gamma=None)
+        loss = diffusion_loss(net, data, schedule, config, global_batch=64, device=CPU)(micro(0, 64))[0]
+        assert float(loss) < 1e-8
+    assert float((caught[1] - caught[0]).std()) == pytest.approx(0.5, rel=0.06)
 
 
 def caption_rows(config: DiffusionConfig, data: DiffusionData, steps: int) -> Tensor:
