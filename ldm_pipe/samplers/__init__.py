@@ -6,10 +6,10 @@ run on.
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -19,14 +19,60 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.common import Callback
 from ldm_pipe.samplers.ddim import ddim
 from ldm_pipe.samplers.ddpm import ddpm
-from ldm_pipe.samplers.dpmpp import dpmpp_2m
-from ldm_pipe.samplers.euler import euler
+from ldm_pipe.samplers.dpm2 import dpm2, dpm2_ancestral
+from ldm_pipe.samplers.dpmpp import dpmpp_2m, dpmpp_3m
+from ldm_pipe.samplers.dpmpp_2s import dpmpp_2s, dpmpp_2s_ancestral
+from ldm_pipe.samplers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
+from ldm_pipe.samplers.euler import euler, euler_ancestral
+from ldm_pipe.samplers.heun import edm, heun
+from ldm_pipe.samplers.lms import lms
+from ldm_pipe.samplers.names import suggest
 from ldm_pipe.schedule import Grid, Steps
 
-__all__ = ["NAMES", "Callback", "Noise", "Sampler", "ddim", "ddpm", "dpmpp_2m", "euler", "get"]
+__all__ = [
+    "NAMES",
+    "Callback",
+    "Noise",
+    "Sampler",
+    "ddim",
+    "ddpm",
+    "dpm2",
+    "dpm2_ancestral",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_2s_ancestral",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "edm",
+    "euler",
+    "euler_ancestral",
+    "get",
+    "heun",
+    "lms",
+]
 
-Name = Literal["ddpm", "ddim", "euler", "dpmpp_2m"]
+Name = Literal[
+    "ddpm",
+    "ddim",
+    "euler",
+    "dpmpp_2m",
+    "euler_ancestral",
+    "heun",
+    "edm",
+    "lms",
+    "dpm2",
+    "dpm2_ancestral",
+    "dpmpp_2s",
+    "dpmpp_2s_ancestral",
+    "dpmpp_3m",
+    "dpmpp_sde",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+]
 NAMES: tuple[str, ...] = get_args(Name)
+_COMMON = {"noise", "eta", "callback"}  # what every sampler is called with
 
 
 @dataclass(frozen=True)
@@ -39,6 +85,8 @@ class Sampler:
         grid: for `NoiseSchedule.steps`; with it, diffusers' scheduler of the same name visits the same levels.
         has_eta: whether eta means something.
         always_stochastic: whether it needs noise whatever eta is.
+        evaluations_per_step: calls of the denoiser per step with the default options; the step to sigma = 0 and one
+            from alpha = 0 may need fewer.
     """
 
     name: str
@@ -46,6 +94,7 @@ class Sampler:
     grid: Grid
     has_eta: bool = False
     always_stochastic: bool = False
+    evaluations_per_step: int = 1
 
     def __call__(
         self,
@@ -56,9 +105,27 @@ class Sampler:
         noise: Draw | None = None,
         eta: float = 0.0,
         callback: Callback | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Run the sampler; see its own function."""
-        return self.function(denoise, x, steps, noise=noise, eta=eta, callback=callback)
+        """Run the sampler; see its own function.
+
+        Raises: LdmPipeError for an eta or another option that the sampler does not take, naming what it takes.
+        """
+        unknown = [name for name in options if name not in self.options]
+        if eta != 0 and not self.has_eta:
+            unknown.insert(0, "eta")
+        if unknown:
+            known = ", ".join((*(["eta"] if self.has_eta else []), *self.options)) or "no options"
+            raise LdmPipeError(
+                f"the sampler {self.name} has no {' and no '.join(unknown)}", how_to_fix=f"it takes {known}"
+            )
+        return self.function(denoise, x, steps, noise=noise, eta=eta, callback=callback, **options)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Return the names of the sampler's own keyword options."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _COMMON)
 
     def needs_noise(self, eta: float) -> bool:
         """Return whether the function must be given noise."""
@@ -77,8 +144,32 @@ def get(name: str) -> Sampler:
             return Sampler(name, ddim, "integer", has_eta=True)
         case "euler":
             return Sampler(name, euler, "fractional")
+        case "euler_ancestral":
+            return Sampler(name, euler_ancestral, "fractional", always_stochastic=True)
+        case "heun":
+            return Sampler(name, heun, "fractional", evaluations_per_step=2)
+        case "edm":
+            return Sampler(name, edm, "fractional", always_stochastic=True, evaluations_per_step=2)
+        case "lms":
+            return Sampler(name, lms, "fractional")
+        case "dpm2":
+            return Sampler(name, dpm2, "fractional", evaluations_per_step=2)
+        case "dpm2_ancestral":
+            return Sampler(name, dpm2_ancestral, "fractional", always_stochastic=True, evaluations_per_step=2)
+        case "dpmpp_2s":
+            return Sampler(name, dpmpp_2s, "multistep", evaluations_per_step=2)
+        case "dpmpp_2s_ancestral":
+            return Sampler(name, dpmpp_2s_ancestral, "fractional", always_stochastic=True, evaluations_per_step=2)
         case "dpmpp_2m":
             return Sampler(name, dpmpp_2m, "multistep")
-    nearest = difflib.get_close_matches(str(name).lower(), NAMES, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        case "dpmpp_3m":
+            return Sampler(name, dpmpp_3m, "multistep")
+        case "dpmpp_sde":
+            return Sampler(name, dpmpp_sde, "fractional", always_stochastic=True, evaluations_per_step=2)
+        case "dpmpp_2m_sde":
+            return Sampler(name, dpmpp_2m_sde, "multistep", always_stochastic=True)
+        case "dpmpp_3m_sde":
+            return Sampler(name, dpmpp_3m_sde, "multistep", always_stochastic=True)
+    meant = suggest(str(name), NAMES)
+    hint = f"did you mean {meant!r}? " if meant else ""
     raise LdmPipeError(f"unknown sampler {name!r}", how_to_fix=f"{hint}known: {', '.join(NAMES)}")
