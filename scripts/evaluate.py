@@ -1,8 +1,9 @@
-"""Measure a model: how well the autoencoder rebuilds drawings, and how often the right thing is drawn.
+"""Measure a model: how well the autoencoder rebuilds drawings, how often the right thing is drawn, how likely data are.
 
     python scripts/evaluate.py autoencoder --model runs/emoji/autoencoder/vae --output runs/emoji/evaluation/autoencoder
     python scripts/evaluate.py retrieval --guidance_scale 1 2 3 4 5 7 10 --output runs/emoji/evaluation/retrieval
     python scripts/evaluate.py sheet --output docs/images
+    python scripts/evaluate.py bits --model runs/emoji/diffusion --output runs/emoji/evaluation/bits
 
 What enters: a model (default: the one that ships) and the drawings. What leaves: `results.json` with command, model
 hash, hardware and time, sheets of pictures, a plot, and rows for docs/results.md on the standard output.
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -33,9 +34,11 @@ from ldm_pipe.data.cache import module_hash
 from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
 from ldm_pipe.metrics.images import psnr, ssim
+from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
+from ldm_pipe.process import Variance
 from ldm_pipe.training.config import run_script
 from ldm_pipe.training.environment import git_commit, hardware
 
@@ -46,7 +49,7 @@ NUM_SHEET = 16
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Describe the three evaluations."""
+    """Describe the evaluations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(title="evaluations", metavar="KIND", required=True)
     rebuild = kinds.add_parser("autoencoder", help="PSNR, SSIM and perceptual distance of reconstructions")
@@ -71,8 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
             else {"help": "default: the model's"}
         )
         one.add_argument("--guidance_scale", type=float, **how)  # pyright: ignore[reportArgumentType]
+    bits = kinds.add_parser("bits", help="bound on the bits per dimension of the validation drawings' latents")
+    bits.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
+    bits.add_argument("--validation_file", default=f"{NOTO}/validation.parquet", help="drawings never trained on")
+    bits.add_argument("--num_images", type=int, help="only the first so many (a quick look)")
+    bits.add_argument("--num_steps", type=int, help="steps of the chain; default: all levels, 1000 in continuous time")
+    bits.add_argument("--variance", choices=get_args(Variance), help="default: learned, else fixed_small")
+    bits.add_argument("--bin_width", type=float, help="measure a code of latents rounded to this; default: a density")
+    bits.set_defaults(run=run_bits)
     for one in (rebuild, retrieve, sheet):
         one.add_argument("--train_file", default=f"{NOTO}/train.parquet", help="parquet file of the training drawings")
+    for one in (rebuild, retrieve, sheet, bits):
         one.add_argument("--batch_size", type=int, default=20, help="pictures at once (default 20)")
         one.add_argument("--device", help="default: a GPU if there is one")
         one.add_argument("--output", required=True, type=Path, help="folder for results.json and the pictures")
@@ -278,10 +290,32 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
     print(path)
 
 
+# -- likelihood --------------------------------------------------------------------------------------------------
+
+
+def run_bits(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure the bound on the bits per dimension of drawings that were never trained on; see `measure_bits`."""
+    began = time.perf_counter()
+    pipe = load_model(args, device)
+    records = load_records(args.validation_file, caption_column="caption")
+    records = records.select(range(min(len(records), args.num_images or len(records))))
+    settings = {"num_steps": args.num_steps or default_num_steps(pipe), "variance": args.variance}
+    settings |= {"bin_width": args.bin_width, "seed": SEED}
+    with tqdm(total=len(records), desc="bits/dim") as bar:
+        done = lambda num: bar.update(num - bar.n)  # noqa: E731
+        results = measure_bits(pipe, records, **settings, batch_size=args.batch_size, progress=done)
+    what = "differential entropy of the latents" if args.bin_width is None else "code of the rounded latents"
+    facts = {"model": args.model, "model_hash": pipe.model_hash, "num_drawings": len(records), "bounds": what}
+    write_results(args, device, {**facts, **settings, "results": results}, began)
+    print(f"upper bound on the {what}, {len(records)} drawings, {settings['num_steps']} steps")
+    print("| bits/dim | prior | steps | decoder |\n|---|---|---|---|")
+    print("| " + " | ".join(f"{results[name]:.4f}" for name in ("bits_per_dim", "prior", "steps", "decoder")) + " |")
+
+
 def main(argv: list[str]) -> None:
     """Run one evaluation."""
     args = build_parser().parse_args(argv)
-    for name in ("batch_size", "num_images", "num_prompts", "num_inference_steps"):
+    for name in ("batch_size", "num_images", "num_prompts", "num_inference_steps", "num_steps"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise LdmPipeError(f"--{name} is {value}", how_to_fix="Use a whole number from 1.")

@@ -56,6 +56,9 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     if pipe.schedule.prediction not in ("eps", "x0", "v"):
         what = f"prediction {pipe.schedule.prediction!r} with this noise law"
         raise LdmPipeError(what, where, "diffusers' samplers know epsilon, sample and v_prediction.")
+    if pipe.unet.config.out_channels != pipe.autoencoder.latent_channels:
+        what = f"the U-Net gives {pipe.unet.config.out_channels} channels: it learnt the variance of the steps"
+        raise LdmPipeError(what, where, "diffusers' StableDiffusionPipeline has no use for it; draw with ldm-pipe.")
     foldable(pipe.autoencoder)
     pipe.schedule.to_config(sampler)
     defaults, notes = pipe.defaults, []

@@ -189,7 +189,7 @@ def check_fit(parts: Parts, where: str = "pipeline") -> None:
     if unet.in_channels not in (channels, 2 * channels + 1):
         what = f"the U-Net takes {unet.in_channels} channels, the autoencoder has {channels} latent channels"
         raise LdmPipeError(what, where, f"It must take {channels}, or {2 * channels + 1} for inpainting.")
-    if unet.out_channels != channels:
+    if unet.out_channels not in (channels, 2 * channels):  # twice: it also predicts the variance
         what = f"the U-Net gives {unet.out_channels} channels, the autoencoder has {channels} latent channels"
         raise LdmPipeError(what, where, "Use parts that were trained together.")
     width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
