@@ -3,7 +3,34 @@
 from __future__ import annotations
 
 from conditioning.clip import CLIPTextEncoder
+from conditioning.concepts import load_concept
 from conditioning.condition import Condition, TextEncoder
+from conditioning.image import CLIPImageEncoder
+from conditioning.label import LabelEncoder
+from conditioning.load import load_text_encoder
+from conditioning.openclip import OpenCLIPTextEncoder
+from conditioning.sizes import size_condition
+from conditioning.spatial import SpatialRescaler
+from conditioning.t5 import T5TextEncoder
+from conditioning.text import Reading
 from conditioning.tokenizer import ClipTokenizer
+from conditioning.transformer import TransformerTextEncoder
+from conditioning.weighted import encode_weighted
 
-__all__ = ["CLIPTextEncoder", "ClipTokenizer", "Condition", "TextEncoder"]
+__all__ = [
+    "CLIPImageEncoder",
+    "CLIPTextEncoder",
+    "ClipTokenizer",
+    "Condition",
+    "LabelEncoder",
+    "OpenCLIPTextEncoder",
+    "Reading",
+    "SpatialRescaler",
+    "T5TextEncoder",
+    "TextEncoder",
+    "TransformerTextEncoder",
+    "encode_weighted",
+    "load_concept",
+    "load_text_encoder",
+    "size_condition",
+]

@@ -6,9 +6,8 @@ does not import transformers and does not know what the U-Net does with the toke
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from conditioning.condition import Condition
+from conditioning.text import READING_KEY, SD1, Reading, choose_state, encode_prompts, tokenizer_of
 from conditioning.tokenizer import ClipTokenizer
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, resolve_folder
 
@@ -156,14 +156,18 @@ class CLIPTextEncoder(PretrainedModule):
     Args:
         config: fields of CLIPTextConfig.
         tokenizer: needed by `encode` only.
+        reading: which states are read; None: as stored in the config, else as Stable Diffusion 1 does.
     """
 
     weights_name = "model"
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: ClipTokenizer | None = None) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], tokenizer: ClipTokenizer | None = None, reading: Reading | None = None
+    ) -> None:
         """Build the network with CLIP's initialisation."""
         super().__init__()
         self.config = _checked(config)
+        self.set_reading(reading or Reading.of(config, SD1))
         self.tokenizer = tokenizer
         self.text_model = ClipTransformer(self.config)
         self.text_projection: nn.Linear | None = None
@@ -183,6 +187,7 @@ class CLIPTextEncoder(PretrainedModule):
         *,
         subfolder: str | None = None,
         tokenizer: str | Path | ClipTokenizer | None = None,
+        reading: Reading | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         variant: str | None = None,
@@ -195,6 +200,7 @@ class CLIPTextEncoder(PretrainedModule):
             folder: the component folder itself, or a pipeline folder or hub id with `text_encoder` and `tokenizer`.
             subfolder: another component of a pipeline, such as "text_encoder_2".
             tokenizer: its folder; None looks beside the component (`tokenizer`, `tokenizer_2`) and in it.
+            reading: which states are read, such as `conditioning.text.SDXL_2`; None: as stored.
         Raises: LdmPipeError naming what is missing, unexpected, misshapen or not finite.
         """
         parts = [subfolder or "text_encoder", _tokenizer_name(subfolder or "text_encoder")]
@@ -208,7 +214,19 @@ class CLIPTextEncoder(PretrainedModule):
         if isinstance(tokenizer, (str, Path)):
             tokenizer = ClipTokenizer.from_pretrained(tokenizer)
         encoder.tokenizer = tokenizer or _find_tokenizer(root)
+        if reading is not None:
+            encoder.set_reading(reading)
         return encoder
+
+    def set_reading(self, reading: Reading) -> None:
+        """Choose which states are read, here and when the encoder is saved.
+
+        Raises: LdmPipeError for a projection that this tower does not have.
+        """
+        if reading.pooled == "projected" and self.config.architectures[0] != "CLIPTextModelWithProjection":
+            raise LdmPipeError("this text encoder has no projection", "CLIPTextEncoder", 'Use pooled="pooled".')
+        plain = {key: value for key, value in self.config.items() if key != READING_KEY}
+        self.reading, self.config = reading, FrozenConfig({**plain, **reading.stored(SD1)})
 
     @classmethod
     def rename_keys(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -220,7 +238,7 @@ class CLIPTextEncoder(PretrainedModule):
     @property
     def max_length(self) -> int:
         """Return the length L of every encoded sequence."""
-        own = self.tokenizer.max_length if self.tokenizer else None
+        own = self.reading.max_length or (self.tokenizer.max_length if self.tokenizer else None)
         return min(own or self.config.max_position_embeddings, self.config.max_position_embeddings)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> ClipOutput:
@@ -248,30 +266,51 @@ class CLIPTextEncoder(PretrainedModule):
         One warning names the parts that did not fit; `tokenizer(prompts).truncated` lists them.
 
         Args:
-            clip_skip: layers to leave out at the end, as in diffusers' StableDiffusionPipeline: the output of the
-                earlier layer goes through the final norm. None: none.
-        Returns: Condition with tokens (B, L, D).
+            clip_skip: further layers to leave out at the end, as in diffusers: for Stable Diffusion 1 and 2 the output
+                of the earlier layer goes through the final norm, for SDXL not. None: none.
+        Returns: Condition with tokens (B, L, D), and what else the reading asks for.
         Raises: LdmPipeError for non-strings, a missing tokenizer, or more layers skipped than there are.
         """
-        if self.tokenizer is None:
-            raise LdmPipeError("there is no tokenizer", "CLIPTextEncoder", "Load with tokenizer=<folder>.")
-        batch = self.tokenizer(prompts, max_length=self.max_length)
-        cut = [text for text in batch.truncated if text]
-        if cut:
-            text = f"the prompt is longer than {self.max_length} tokens, this part is cut: {'; '.join(map(repr, cut))}"
-            warnings.warn(text, stacklevel=2)
-        mask = batch.mask.to(self.device) if self.config.get("use_attention_mask") else None
-        output = self(batch.ids.to(self.device), mask)
-        if clip_skip is None:
-            return Condition(tokens=output.last)
-        num_layers = self.config.num_hidden_layers
-        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= num_layers:
-            raise LdmPipeError(f"clip_skip {clip_skip!r}: must be 0 to {num_layers}", "CLIPTextEncoder.encode")
-        return Condition(tokens=self.text_model.final_layer_norm(output.hidden[-1 - clip_skip]))
+        return encode_prompts(self, prompts, clip_skip)
+
+    def encode_ids(self, ids: Tensor, mask: Tensor, *, clip_skip: int | None = None) -> Condition:
+        """Encode ready rows of ids, (B, L) each; arguments and errors as in `encode`."""
+        hide = self.reading.attend_mask or self.config.get("use_attention_mask")
+        output = self(ids.to(self.device), mask.to(self.device) if hide else None)
+        tokens = choose_state(
+            self.reading, output.hidden, output.last, self.text_model.final_layer_norm, clip_skip, "CLIPTextEncoder"
+        )
+        pooled = {"none": None, "pooled": output.pooled, "projected": output.projected}[self.reading.pooled]
+        kept = mask.to(self.device) if self.reading.keep_mask else None
+        return Condition(tokens=tokens, token_mask=kept, pooled=pooled)
+
+    @torch.no_grad()
+    def add_token(self, name: str, vectors: Tensor) -> None:
+        """Teach a new word (textual inversion, Gal et al. 2022, arXiv:2208.01618).
+
+        Args:
+            name: as written in prompts, such as "<cat-toy>".
+            vectors: its embeddings, shape (V, D) or (D,).
+        Raises: LdmPipeError if the name is taken or the width is not this encoder's.
+        """
+        vectors = vectors.reshape(-1, vectors.shape[-1])
+        if vectors.shape[1] != self.config.hidden_size:
+            what = f"the vectors of {name!r} are {vectors.shape[1]} wide, the encoder {self.config.hidden_size}"
+            raise LdmPipeError(what, "CLIPTextEncoder", "Use those trained for this encoder.")
+        tokenizer, size = tokenizer_of(self), self.config.vocab_size
+        assert isinstance(tokenizer, ClipTokenizer)
+        tokenizer.add_token(name, range(size, size + len(vectors)))
+        old = self.text_model.embeddings.token_embedding.weight
+        table = nn.Embedding.from_pretrained(torch.cat([old, vectors.to(old)]), freeze=not old.requires_grad)
+        self.text_model.embeddings.token_embedding = table
+        # The old rule for the end token, the largest id, no longer holds.
+        grown = {"vocab_size": size + len(vectors), "eos_token_id": tokenizer.end_ids[0]}
+        self.config = FrozenConfig({**self.config, **grown})
 
     def without_projection(self) -> CLIPTextEncoder:
         """Return the same tower (shared weights) as a plain CLIPTextModel, the kind a Stable Diffusion folder holds."""
-        plain = CLIPTextEncoder({**self.config, "architectures": ["CLIPTextModel"]}, self.tokenizer)
+        reading = replace(self.reading, pooled="none") if self.reading.pooled == "projected" else self.reading
+        plain = CLIPTextEncoder({**self.config, "architectures": ["CLIPTextModel"]}, self.tokenizer, reading)
         plain.text_model = self.text_model
         return plain.train(self.training)
 

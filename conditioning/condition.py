@@ -11,11 +11,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_pipe.pretrained import LdmPipeError
 
-_NDIM = {"tokens": 3, "token_mask": 2, "pooled": 2, "spatial": 4, "labels": 1}
+_NDIM = {"tokens": (3,), "token_mask": (2,), "pooled": (2,), "spatial": (4,), "labels": (1, 2)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Condition:
         token_mask: True where a token may be attended to, shape (B, L).
         pooled: one vector per picture, shape (B, P).
         spatial: channels laid beside the noisy latents, shape (B, K, h, w).
-        labels: class indices, shape (B,).
+        labels: class indices or noise levels, shape (B,), or SDXL's sizes and crops, shape (B, 6).
     Raises: LdmPipeError if the slots disagree about the batch size or have another number of axes.
     """
 
@@ -41,8 +42,9 @@ class Condition:
         """Check the shapes once, where the Condition is made."""
         slots = self.slots()
         for name, value in slots.items():
-            if value.ndim != _NDIM[name]:
-                raise LdmPipeError(f"{name} has shape {list(value.shape)}, expected {_NDIM[name]} axes", "Condition")
+            if value.ndim not in _NDIM[name]:
+                axes = " or ".join(map(str, _NDIM[name]))
+                raise LdmPipeError(f"{name} has shape {list(value.shape)}, expected {axes} axes", "Condition")
         if len({value.shape[0] for value in slots.values()}) > 1:
             shapes = {name: list(value.shape) for name, value in slots.items()}
             raise LdmPipeError(f"the slots have different batch sizes: {shapes}", "Condition")
@@ -144,6 +146,16 @@ class Condition:
         if "token_mask" in mine and "token_mask" in theirs:
             joined["token_mask"] = mine["token_mask"] & theirs["token_mask"]
         return Condition(**joined)
+
+    def pad(self, length: int) -> Condition:
+        """Lengthen the tokens with zeros that the mask hides, so that conditions of unequal length can be stacked."""
+        if self.tokens is None or self.tokens.shape[1] == length:
+            return self
+        masked = self._with_mask()
+        assert masked.tokens is not None and masked.token_mask is not None
+        more = length - self.tokens.shape[1]
+        tokens, mask = F.pad(masked.tokens, (0, 0, 0, more)), F.pad(masked.token_mask, (0, more))
+        return replace(masked, tokens=tokens, token_mask=mask)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         return Condition(**{name: change(value) for name, value in self.slots().items()})

@@ -6,16 +6,15 @@ length, and the part of each prompt that did not fit. This file knows no network
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
 
+from conditioning.framing import FramedTokenizer, Pieces
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -24,22 +23,7 @@ MAX_MERGES_BYTES = 64 * 1024 * 1024
 _SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """Token ids of B prompts.
-
-    Args:
-        ids: int64, shape (B, L): start, text, end, padding.
-        mask: True at start, text and (first) end, shape (B, L).
-        truncated: the end of each prompt that did not fit, "" where all did.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    truncated: list[str]
-
-
-class ClipTokenizer:
+class ClipTokenizer(FramedTokenizer):
     """Byte-level BPE of CLIP (Radford et al. 2021, arXiv:2103.00020, sec. 2.4): lower case, words closed by `</w>`.
 
     Args:
@@ -66,6 +50,9 @@ class ClipTokenizer:
                 f"the vocabulary lacks {lacking}", "tokenizer", "Give the vocab.json of a CLIP tokenizer."
             )
         self.start_id, self.end_id, self.pad_id = self.vocab[START], self.vocab[END], self.vocab[pad_token]
+        self.start_ids, self.end_ids = (self.start_id,), (self.end_id,)
+        self.added: dict[str, int] = {}
+        self._ids: dict[int, list[int]] = {}  # of an added word, by the number the backend gave it
         try:
             model = models.BPE(self.vocab, self.merges, unk_token=END, end_of_word_suffix=WORD_END, fuse_unk=False)
         except Exception as error:  # noqa: BLE001  # the library raises bare Exception, e.g. for a merge outside the vocabulary
@@ -82,26 +69,34 @@ class ClipTokenizer:
         """Return the number of tokens."""
         return len(self.vocab)
 
-    def __call__(self, prompts: Sequence[str], *, max_length: int | None = None) -> TokenBatch:
-        """Tokenize prompts to a common length.
+    def pieces(self, text: str) -> Pieces:
+        """Cut a text into tokens; an added token stands for all its vectors."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        starts: list[int] = []
+        for index, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            vectors = self._ids.get(index, [index])
+            ids += vectors
+            starts += [start] * len(vectors)
+        return Pieces(ids, lambda first: text[starts[first] :])
+
+    def add_token(self, name: str, ids: Sequence[int]) -> None:
+        """Add a word that stands for vectors of its own (textual inversion, Gal et al. 2022, arXiv:2208.01618).
 
         Args:
-            max_length: overrides the tokenizer's own.
-        Raises: LdmPipeError for anything but a non-empty sequence of well-formed strings.
+            name: as it is written in prompts, such as "<cat-toy>".
+            ids: rows of the text encoder's table; further ones are named `name_1`, `name_2` as in diffusers.
+        Raises: LdmPipeError for a name that is taken or has a space in it.
         """
-        length = max_length or self.max_length
-        if length is None or length < 2:
-            raise LdmPipeError(f"max_length {length}: at least 2 are needed", "tokenizer", "Pass max_length.")
-        check_prompts(prompts)
-        rows, truncated = [], []
-        for prompt in prompts:
-            encoding = self._backend.encode(prompt, add_special_tokens=False)
-            room = length - 2
-            truncated.append(prompt[encoding.offsets[room][0] :] if len(encoding.ids) > room else "")
-            rows.append([self.start_id, *encoding.ids[:room], self.end_id])
-        ids = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64)
-        num_used = torch.tensor([len(row) for row in rows])
-        return TokenBatch(ids, torch.arange(length)[None] < num_used[:, None], truncated)
+        names = [name, *(f"{name}_{number}" for number in range(1, len(ids)))]
+        taken = [word for word in names if word in self.vocab]
+        if taken or not name or any(char.isspace() for char in name):
+            what = f"the token {name!r} is {'taken' if taken else 'empty or has a space in it'}"
+            raise LdmPipeError(what, "tokenizer", "Choose another name, such as '<my-thing>'.")
+        self.added.update(zip(names, ids, strict=True))
+        self.vocab.update(self.added)
+        self._backend.add_tokens([AddedToken(name, normalized=False)])
+        self._ids[self._backend.token_to_id(name)] = list(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids back into text, without start, end and what follows it."""
@@ -134,7 +129,18 @@ class ClipTokenizer:
         length = config.get("model_max_length")
         usable = isinstance(length, int) and 2 <= length <= 100_000  # transformers writes 1e30 for "no limit"
         pad_token = _content(config.get("pad_token") or special.get("pad_token") or END)
-        return cls(vocab, merges, max_length=length if usable else None, pad_token=pad_token)
+        tokenizer = cls(vocab, merges, max_length=length if usable else None, pad_token=pad_token)
+        if (root / "added_tokens.json").is_file():
+            tokenizer._restore(read_json(root / "added_tokens.json"))
+        return tokenizer
+
+    def _restore(self, added: Mapping[str, int]) -> None:
+        """Add the words of a file that are not in the vocabulary."""
+        new = {name: index for name, index in added.items() if name not in self.vocab}
+        for name in new:
+            vectors = itertools.takewhile(lambda word: word in new, (f"{name}_{i}" for i in itertools.count(1)))
+            if name.rpartition("_")[0] not in new:
+                self.add_token(name, [new[name], *(new[word] for word in vectors)])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the four files that transformers 4 and 5 both read as a CLIPTokenizer."""
@@ -150,28 +156,13 @@ class ClipTokenizer:
         if self.max_length is not None:
             config["model_max_length"] = self.max_length
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
-        atomic_write(folder / "vocab.json", json.dumps(self.vocab, ensure_ascii=False))
+        vocab = {name: index for name, index in self.vocab.items() if name not in self.added}
+        atomic_write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+        if self.added:
+            atomic_write(folder / "added_tokens.json", json.dumps(self.added, ensure_ascii=False))
         atomic_write(folder / "merges.txt", "#version: 0.2\n" + merges)
         atomic_write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
         atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse what is not a non-empty sequence of strings that can be written as UTF-8.
-
-    Raises: LdmPipeError naming the position and the type.
-    """
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) or not prompts:
-        what = f"expected a non-empty list of strings, got {type(prompts).__name__}"
-        raise LdmPipeError(what, "prompts", 'Write ["a prompt"].')
-    for position, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise LdmPipeError(f"number {position} is {type(prompt).__name__}, not a string", "prompts")
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            advice = "Read the text as UTF-8."
-            raise LdmPipeError(f"number {position} holds a lone surrogate character", "prompts", advice) from None
 
 
 def byte_symbols() -> list[str]:

@@ -1,0 +1,44 @@
+"""A text encoder folder -> the encoder of its kind.
+
+What enters: a folder. What leaves: one of our text encoders. Kinds are told by the config; nothing in a folder can name
+code to run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from conditioning.clip import CLIPTextEncoder
+from conditioning.openclip import THEIR_CONFIG, OpenCLIPTextEncoder
+from conditioning.t5 import CLASSES, T5TextEncoder
+from conditioning.transformer import TransformerTextEncoder
+from ldm_pipe.pretrained import LdmPipeError, read_json
+
+AnyTextEncoder = CLIPTextEncoder | OpenCLIPTextEncoder | T5TextEncoder | TransformerTextEncoder
+
+
+def load_text_encoder(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> AnyTextEncoder:
+    """Load a component folder with whichever encoder wrote it.
+
+    Raises: LdmPipeError for a kind that is not known, and as the encoders do.
+    """
+    root = Path(folder)
+    if (root / THEIR_CONFIG).is_file():
+        return OpenCLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+    config = read_json(root / "config.json")
+    kind = config.get("model_type") or config.get("_class_name")
+    match kind:
+        case "clip_text_model":
+            return CLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+        case "ldmbert":
+            return TransformerTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+        case OpenCLIPTextEncoder.class_name:
+            return OpenCLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+        case _ if kind in CLASSES:
+            return T5TextEncoder.from_pretrained(root, dtype=dtype, device=device)
+    known = ["clip_text_model", "ldmbert", OpenCLIPTextEncoder.class_name, *CLASSES]
+    raise LdmPipeError(f"the text encoder is a {kind!r:.80}", str(root), f"Known: {', '.join(known)}.")
