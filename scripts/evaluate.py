@@ -17,7 +17,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,15 +26,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from autoencoder import AutoencoderKL
-from autoencoder.losses import Features, perceptual_distance
+from autoencoder import Autoencoder, load_autoencoder
 from conditioning.contrastive import ImageTower
 from ldm_pipe.commands.paths import OutputError, check_folder
 from ldm_pipe.data.cache import module_hash
 from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
-from ldm_pipe.metrics.images import psnr, ssim
 from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
+from ldm_pipe.metrics.reconstruction import report_reconstruction
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
@@ -46,16 +45,17 @@ NOTO = "data/emoji/data/noto"
 PLAIN = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": False}
 SEED = 0
 NUM_SHEET = 16
+NUM_PAIRS = 24
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the evaluations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(title="evaluations", metavar="KIND", required=True)
-    rebuild = kinds.add_parser("autoencoder", help="PSNR, SSIM and perceptual distance of reconstructions")
+    rebuild = kinds.add_parser("autoencoder", help="likeness of reconstructions, spectrum of latents, use of codes")
     rebuild.add_argument("--model", help="autoencoder folder, or any model; default: the shipped one")
     rebuild.add_argument("--validation_file", default=f"{NOTO}/validation.parquet", help="drawings never trained on")
-    rebuild.add_argument("--image_tower", help="folder of the perceptual network; without it no perceptual distance")
+    rebuild.add_argument("--image_tower", help="folder of the network for perceptual and Frechet distance")
     rebuild.add_argument("--resolution", type=int, help="side of the pictures; default: the model's")
     rebuild.add_argument("--num_images", type=int, help="only the first so many of each set (a quick look)")
     rebuild.set_defaults(run=run_autoencoder)
@@ -119,66 +119,51 @@ def load_plain(path: str) -> Records:
 # -- autoencoder -------------------------------------------------------------------------------------------------
 
 
-def load_autoencoder(name: str | None) -> AutoencoderKL:
+def load_any_autoencoder(name: str | None) -> Autoencoder:
     """Load an autoencoder folder, or the autoencoder of a whole model."""
     if name is not None and (Path(name) / "config.json").is_file():
-        return AutoencoderKL.from_pretrained(name)
+        return load_autoencoder(name)
     return LatentDiffusionPipeline.from_pretrained(name).autoencoder
 
 
-@torch.no_grad()
-def rebuild(autoencoder: AutoencoderKL, image: Tensor) -> Tensor:
-    """Encode to the most likely latents and decode."""
-    return autoencoder.decode(autoencoder.encode(image.to(autoencoder.device))).clamp(-1, 1).cpu()
-
-
-def measure(
-    autoencoder: AutoencoderKL, records: Records, resolution: int, features: Features | None, batch_size: int, name: str
-) -> tuple[dict[str, float], list[Image.Image]]:
-    """Return the mean of each metric over a set, and the first 24 originals and reconstructions in turn."""
-    values: dict[str, list[Tensor]] = {}
-    shown: list[Image.Image] = []
+def image_batches(records: Records, resolution: int, batch_size: int, name: str) -> Iterator[Tensor]:
+    """Yield all pictures of a set in order, (B, 3, R, R), behind a progress bar."""
     with tqdm(total=len(records), desc=name) as bar:
         for first in range(0, len(records), batch_size):
             rows = range(first, min(first + batch_size, len(records)))
-            image = torch.stack([to_tensor(resize(records.image(row), resolution)) for row in rows])
-            other = rebuild(autoencoder, image)
-            values.setdefault("psnr", []).append(psnr(image, other))
-            values.setdefault("ssim", []).append(ssim(image, other))
-            if features is not None:
-                with torch.no_grad():
-                    values.setdefault("perceptual", []).append(perceptual_distance(features, image, other))
-            for pair in zip(image, other, strict=True):
-                shown += [to_pil(one) for one in pair] if len(shown) < 48 else []
+            yield torch.stack([to_tensor(resize(records.image(row), resolution)) for row in rows])
             bar.update(len(rows))
-    return {key: float(torch.cat(parts).double().mean()) for key, parts in values.items()}, shown
 
 
 def run_autoencoder(args: argparse.Namespace, device: torch.device) -> None:
     """Measure reconstructions of the validation drawings and of the plain training drawings."""
     began = time.perf_counter()
-    autoencoder = load_autoencoder(args.model).to(device)
+    autoencoder = load_any_autoencoder(args.model).to(device)
     resolution = args.resolution or int(autoencoder.config.get("sample_size") or 64)
     if resolution < 11 or resolution % autoencoder.factor:
         what = f"resolution is {resolution}"
         raise LdmPipeError(what, "autoencoder", f"Use a multiple of {autoencoder.factor}, at least 11.")
-    features = ImageTower.from_pretrained(args.image_tower).features if args.image_tower else None
+    tower = ImageTower.from_pretrained(args.image_tower) if args.image_tower else None
     sets = {
         "validation drawings": load_records(args.validation_file, caption_column="caption"),
         "plain training drawings": load_plain(args.train_file),
     }
     results: dict[str, Any] = {}
-    print("| set | drawings | PSNR (dB) | SSIM | perceptual distance |\n|---|---|---|---|---|")
+    print("| set | drawings | PSNR (dB) | SSIM | perceptual | Frechet | KL (nats) | codes used | perplexity |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, records in sets.items():
         records = records.select(range(min(len(records), args.num_images or len(records))))
-        metrics, shown = measure(autoencoder, records, resolution, features, args.batch_size, name)
-        results[name] = {"num_drawings": len(records), **{key: round(value, 5) for key, value in metrics.items()}}
-        distance = f"{metrics['perceptual']:.4f}" if "perceptual" in metrics else "-"
-        print(f"| {name} | {len(records)} | {metrics['psnr']:.2f} | {metrics['ssim']:.4f} | {distance} |")
-        columns = min(12, len(shown))
-        save_picture(make_grid(shown, columns), args.output / f"{name.replace(' ', '-')}.png")
+        report, shown = report_reconstruction(
+            autoencoder, image_batches(records, resolution, args.batch_size, name),
+            features=tower.features if tower else None, embed=tower, num_shown=NUM_PAIRS,
+        )  # fmt: skip
+        results[name] = {"num_drawings": len(records), **report.to_json()}
+        print(f"| {name} | {len(records)} | {' | '.join(report.cells())} |", flush=True)
+        path = args.output / f"{name.replace(' ', '-')}.png"
+        save_picture(make_grid([to_pil(picture) for picture in shown], min(12, len(shown))), path)
+    size = sum(p.numel() for p in autoencoder.parameters())
     facts = {"model": args.model, "autoencoder_hash": module_hash(autoencoder), "resolution": resolution}
-    write_results(args, device, {**facts, "results": results}, began)
+    write_results(args, device, {**facts, "num_parameters": size, "results": results}, began)
 
 
 # -- pictures from prompts ---------------------------------------------------------------------------------------
