@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from autoencoder import (
     AutoencoderLossConfig,
     DiagonalGaussian,
     PatchDiscriminator,
+    Quantised,
     adaptive_weight,
     adversarial_loss,
     autoencoder_loss,
@@ -181,6 +183,54 @@ def test_hinge_loss_of_known_logits() -> None:
     ]
     assert hinge == [1.0, 0.0, 2.0]
     assert float(adversarial_loss(Mean(), constant(0.25))) == -0.25
+    # Vanilla: the entropy of a coin where nothing is known, and the autoencoder's side does not saturate.
+    coin = math.log(2)
+    assert float(discriminator_loss(Mean(), constant(0), constant(0), "vanilla")) == pytest.approx(coin)
+    assert float(adversarial_loss(Mean(), constant(0), "vanilla")) == pytest.approx(coin)
+    expected = 0.5 * (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)))
+    assert float(discriminator_loss(Mean(), constant(2), constant(-1), "vanilla")) == pytest.approx(expected)
+    lost = torch.full((1, 3, 4, 4), -50.0, requires_grad=True)
+    adversarial_loss(Mean(), lost, "vanilla").backward()
+    assert lost.grad is not None
+    assert float(lost.grad.sum()) == pytest.approx(-1.0)
+
+
+def test_r1_is_half_the_squared_slope_at_real_pictures() -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(randn(3, 4, 4))
+
+        def forward(self, image: Tensor) -> Tensor:
+            return (image * self.slope).sum((1, 2, 3), keepdim=True)
+
+    judge, real, fake = Linear(), randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    plain = discriminator_loss(judge, real, fake, "vanilla")
+    penalised = discriminator_loss(judge, real, fake, "vanilla", r1_weight=3.0)
+    torch.testing.assert_close(penalised - plain, 1.5 * judge.slope.square().sum())
+    (gradient,) = torch.autograd.grad(penalised - plain, judge.slope)
+    torch.testing.assert_close(gradient, 3.0 * judge.slope)
+
+
+def test_r1_trains_the_patch_discriminator_alone(discriminator: PatchDiscriminator) -> None:
+    image = randn(2, 3, 16, 16)
+    reconstruction = randn(2, 3, 16, 16, seed=1).requires_grad_()
+    discriminator_loss(discriminator, image, reconstruction, r1_weight=10.0).backward()
+    assert reconstruction.grad is None
+    assert image.grad is None
+    assert not image.requires_grad
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in discriminator.parameters())
+
+
+def test_the_quantisers_loss_takes_the_place_of_the_divergence() -> None:
+    image, raw = randn(2, 3, 8, 8), randn(2, 4, 2, 2)
+    codes = (raw + 0.1).requires_grad_()
+    quantised = Quantised(raw, codes, torch.zeros(2, 2, 2, dtype=torch.int64))
+    config = AutoencoderLossConfig(codebook_weight=2.0, commitment_weight=0.5)
+    loss, parts = autoencoder_loss(image, image + 0.5, quantised, config)
+    assert set(parts) == {"reconstruction", "quantiser", "loss"}
+    assert float(parts["quantiser"]) == pytest.approx(1.5 * 0.01)
+    assert float(loss.detach()) == pytest.approx(0.5 + 2.0 * 1.5 * 0.01)
 
 
 def test_fake_not_detached(model: AutoencoderKL, discriminator: PatchDiscriminator) -> None:
@@ -246,7 +296,14 @@ def test_discriminator_without_last_layer_is_refused(model: AutoencoderKL, discr
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("reconstruction", "huber"), ("kl_weight", -1.0), ("perceptual_weight", float("nan"))]
+    ("field", "value"),
+    [
+        ("reconstruction", "huber"),
+        ("game", "wasserstein"),
+        ("commitment_weight", -1.0),
+        ("kl_weight", -1.0),
+        ("perceptual_weight", float("nan")),
+    ],
 )
 def test_bad_weights_are_refused(field: str, value: Any) -> None:
     with pytest.raises(LdmPipeError, match=field):
