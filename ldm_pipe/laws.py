@@ -326,10 +326,11 @@ class Flow(Continuous):
         if self.resolution is None:
             advice = f"it is {self.shift:g} at every size; give resolution=ResolutionShift()"
             raise LdmPipeError("this law's shift does not depend on the picture", where="Flow", how_to_fix=advice)
-        return replace(self, shift=self.resolution.shift(num_tokens), resolution=None, ends=self._ends)
+        return replace(self, shift=self.resolution.shift(num_tokens), resolution=None, ends=self.line_ends)
 
     @property
-    def _ends(self) -> tuple[float, float]:
+    def line_ends(self) -> tuple[float, float]:
+        """Return the first and last linspace times before the shift."""
         if self.ends is not None:
             return self.ends
         last = torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64)
@@ -339,7 +340,7 @@ class Flow(Continuous):
         if self.resolution is not None:
             advice = "take the steps of law.at_resolution(number of latent tokens)"
             raise LdmPipeError("the shift of this law depends on the picture", where="Flow", how_to_fix=advice)
-        first, last = self._ends
+        first, last = self.line_ends
         if spacing in get_args(Ramp):
             high, low = self._shifted(torch.tensor([first, last], dtype=torch.float64)).tolist()
             return self._ramp_times(num_steps, spacing, low, high, rho)

@@ -1,290 +1,269 @@
-"""Read and write diffusers' scheduler_config.json.
+"""Read diffusers' scheduler_config.json.
 
-Enters: the dict of such a file. Leaves: a `NoiseSchedule`, and the way back for a given sampler. Diffusers puts three
-    things into one
-"scheduler": the noise law, the choice of times, and the sampler; only the first two are read here. What shapes the
-mathematics and is missing is an error, unless the file is older than the key. Nothing here imports diffusers.
+Enters: the dict of such a file. Leaves: a noise law, and the name of the sampler. Diffusers puts three things into one
+"scheduler": the noise law, the choice of times, and the sampler. What shapes the mathematics and is missing is an
+error, unless the file is older than the key. Writing is in schedule_export.py. Nothing here imports diffusers.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from ldm_pipe.betas import WITHOUT_ENDS, make_betas
+from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow, ResolutionShift
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError
-from ldm_pipe.schedule import NoiseSchedule, Prediction
+from ldm_pipe.schedule import Law, NoiseSchedule, Prediction
+from ldm_pipe.schedule_keys import KEYS, WHERE, Getter
+from ldm_pipe.spacing import Ramp
 
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
-
-# class -> key -> (diffusers version that brought the key, what the class does without it); from diffusers' history
-_KEYS: dict[str, dict[str, tuple[tuple[int, int], Any]]] = {
-    "DDIMScheduler": {
-        "prediction_type": ((0, 9), "epsilon"),
-        "timestep_spacing": ((0, 17), "leading"),
-        "steps_offset": ((0, 4), 0),
-        "set_alpha_to_one": ((0, 2), True),
-        "rescale_betas_zero_snr": ((0, 17), False),
-        "clip_sample": ((0, 2), True),
-        "thresholding": ((0, 15), False),
-    },
-    "DDPMScheduler": {
-        "prediction_type": ((0, 9), "epsilon"),
-        "timestep_spacing": ((0, 18), "leading"),
-        "steps_offset": ((0, 18), 0),
-        "rescale_betas_zero_snr": ((0, 25), False),
-        "clip_sample": ((0, 2), True),
-        "thresholding": ((0, 15), False),
-    },
-    "PNDMScheduler": {
-        "prediction_type": ((0, 10), "epsilon"),
-        "timestep_spacing": ((0, 18), "leading"),
-        "steps_offset": ((0, 4), 0),
-        "set_alpha_to_one": ((0, 4), False),
-    },
-    "EulerDiscreteScheduler": {
-        "prediction_type": ((0, 9), "epsilon"),
-        "timestep_spacing": ((0, 18), "linspace"),
-        "steps_offset": ((0, 18), 0),
-        "rescale_betas_zero_snr": ((0, 25), False),
-        "final_sigmas_type": ((0, 28), "zero"),
-    },
-    "DPMSolverMultistepScheduler": {
-        "prediction_type": ((0, 9), "epsilon"),
-        "timestep_spacing": ((0, 18), "linspace"),
-        "steps_offset": ((0, 18), 0),
-        "rescale_betas_zero_snr": ((0, 27), False),
-        "final_sigmas_type": ((0, 26), "zero"),
-        "thresholding": ((0, 9), False),
-    },
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+RAMP_KEYS: dict[str, Ramp] = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "log_snr",
 }
+DIFFUSERS_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _TRAINED_BETAS_SINCE = (0, 12)  # earlier files leave it out here and there
 
 # settings of diffusers' samplers that no sampler here has: key -> the values that ask for nothing
 _IGNORED: dict[str, tuple[Any, ...]] = {
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_dynamic_shifting": (False, None),
     "lambda_min_clipped": (None, -math.inf, "-Infinity", "-inf"),
     "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    "solver_type": ("midpoint", "bh2", "logrho"),
     "lower_order_final": (True,),
     "euler_at_final": (False,),
+    "predict_x0": (True,),
+    "disable_corrector": ([], ()),
+    "solver_p": (None,),
     "variance_type": (None, "fixed_small", "fixed_small_log"),
 }
+_RAMP_ENDS = ("sigma_min", "sigma_max")  # of a ramp, in the classes of discrete laws
 
 
-def read(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Read a diffusers scheduler config of DDIM, DDPM, PNDM, EulerDiscrete or DPMSolverMultistep, or a plain dict.
+def read(config: Mapping[str, Any]) -> Law:
+    """Read a diffusers scheduler config of any class that has a law of ours, or a plain dict of a discrete one.
 
     Args:
         config: the content of scheduler_config.json.
 
-    Returns: the schedule; the whole config is kept in `.config`.
+    Returns: the noise law; the whole config is kept in `.config`.
 
-    Raises: LdmPipeError naming a key that is missing or a value that is not known.
+    Raises: LdmPipeError naming a key that is missing, a value that is not known, or a class that has no law here.
     """
     class_name = config.get("_class_name")
-    if class_name is not None and class_name not in _KEYS:
-        raise LdmPipeError(
-            f"scheduler class {class_name!r} is not known",
-            where="scheduler_config.json",
-            how_to_fix=f"save the model with one of {', '.join(_KEYS)}",
-        )
-    get = _Getter(config)
-    if config.get("use_flow_sigmas"):
-        raise LdmPipeError(
-            "use_flow_sigmas is not supported", where="scheduler_config.json", how_to_fix="set it to false"
-        )
-    trained = get.optional("trained_betas", _TRAINED_BETAS_SINCE, None)
-    named = trained is None and get.required("beta_schedule") != "squaredcos_cap_v2"
-    final = ("ddim",) if get.of_class("set_alpha_to_one", True) is False else ()
-    if get.of_class("final_sigmas_type", "zero") == "sigma_min":
-        final = ("euler",) if class_name == "EulerDiscreteScheduler" else ("dpmpp_2m",)
+    if class_name is not None and class_name not in KEYS:
+        advice = f"save the model with one of {', '.join(KEYS)}"
+        raise LdmPipeError(f"scheduler class {class_name!r} is not known", WHERE, advice)
+    get = Getter(config)
+    flow = bool(get.of_class("use_flow_sigmas", False))
     for key, neutral in _IGNORED.items():
+        if class_name == "DPMSolverSinglestepScheduler" and key == "lower_order_final":
+            continue  # off is its default, and means nothing where the steps are even
         if key in config and config[key] not in neutral:
-            warnings.warn(f"scheduler_config.json: {key}={config[key]!r} is ignored", UserWarning, stacklevel=3)
-    prediction = get.prediction()
+            warnings.warn(f"scheduler_config.json: {key}={config[key]!r} is ignored", UserWarning, stacklevel=2)
+    match class_name:
+        case "FlowMatchEulerDiscreteScheduler" | "FlowMatchHeunDiscreteScheduler" | "FlowMatchLCMScheduler":
+            return _read_flow(get)
+        case "EDMEulerScheduler" | "EDMDPMSolverMultistepScheduler":
+            return _read_edm(get)
+        case "ScoreSdeVeScheduler":
+            return VE(
+                sigma_min=get.number_of_class("sigma_min"),
+                sigma_max=get.number_of_class("sigma_max"),
+                told="sigma",
+                num_train_timesteps=get.of_class("num_train_timesteps", None),
+                config=FrozenConfig(config),
+            )
+        case "ScoreSdeVpScheduler":
+            return ContinuousVP(
+                beta_min=get.number_of_class("beta_min"),
+                beta_max=get.number_of_class("beta_max"),
+                t_min=get.number_of_class("sampling_eps"),
+                num_train_timesteps=get.of_class("num_train_timesteps", None),
+                config=FrozenConfig(config),
+            )
+    return _read_solver_flow(get) if flow else _read_discrete(get)
+
+
+def sampler_name(config: Mapping[str, Any]) -> str | None:
+    """Return which of our samplers does what the class and the settings of a diffusers scheduler config ask for.
+
+    None: nothing here does, or the config names no class.
+    """
+    algorithm = config.get("algorithm_type", "dpmsolver++")
+    match config.get("_class_name"):
+        case "DDIMScheduler" | "DDIMParallelScheduler":
+            return "ddim"
+        case "DDPMScheduler" | "DDPMParallelScheduler" | "UnCLIPScheduler":
+            return "ddpm"
+        case "PNDMScheduler":
+            return "plms" if config.get("skip_prk_steps") else "pndm"
+        case "LCMScheduler" | "FlowMatchLCMScheduler":
+            return "lcm"
+        case "LMSDiscreteScheduler":
+            return "lms"
+        case "EulerDiscreteScheduler" | "EDMEulerScheduler":
+            return "euler"
+        case "EulerAncestralDiscreteScheduler":
+            return "euler_ancestral"
+        case "HeunDiscreteScheduler" | "FlowMatchHeunDiscreteScheduler":
+            return "heun"
+        case "KDPM2DiscreteScheduler":
+            return "dpm2"
+        case "KDPM2AncestralDiscreteScheduler":
+            return "dpm2_ancestral"
+        case "DPMSolverSDEScheduler":
+            return "dpmpp_sde"
+        case "DEISMultistepScheduler":
+            return "deis"
+        case "UniPCMultistepScheduler":
+            return "unipc"
+        case "FlowMatchEulerDiscreteScheduler":
+            return "lcm" if config.get("stochastic_sampling") else "euler"
+        case "DPMSolverMultistepScheduler" | "EDMDPMSolverMultistepScheduler":
+            kind = {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "_sde"}.get(algorithm)
+            order = config.get("solver_order", 2)
+            return None if kind is None or order not in (2, 3) else f"dpmpp_{order}m{kind}"
+        case "DPMSolverSinglestepScheduler":
+            return "dpmpp_2s" if algorithm == "dpmsolver++" and config.get("solver_order", 2) == 2 else None
+        case "ScoreSdeVeScheduler" | "ScoreSdeVpScheduler":
+            return "predictor_corrector"
+    return None
+
+
+def _prediction(get: Getter) -> Prediction:
+    """Return the prediction; without a class name there is no default."""
+    name = get.of_class("prediction_type", None) if get.keys else get.required("prediction_type")
+    if name not in PREDICTIONS:
+        raise LdmPipeError(f"prediction_type is {name!r}", WHERE, f"use one of {', '.join(PREDICTIONS)}")
+    return PREDICTIONS[name]
+
+
+def _ramp(get: Getter) -> Ramp | None:
+    """Return the ramp that the file asks for."""
+    asked = [kind for key, kind in RAMP_KEYS.items() if get.of_class(key, False)]
+    if len(asked) > 1:
+        raise LdmPipeError(f"{' and '.join(asked)} sigmas at once", WHERE, "keep one of the flags")
+    for key in _RAMP_ENDS:
+        if asked and get.config.get(key) is not None:
+            warnings.warn(f"scheduler_config.json: {key}={get.config[key]!r} is ignored", UserWarning, stacklevel=4)
+    return asked[0] if asked else None
+
+
+def _noisy_end(get: Getter) -> tuple[str, ...]:
+    """Return the samplers that end at the first level, by this file."""
+    name = sampler_name(get.config)
+    if get.of_class("set_alpha_to_one", True) is False:
+        return ("ddim",) if name in ("ddim", None) else ("ddim", name)  # DDIM is often run on files of PNDM
+    if name == "deis":
+        return ("deis",)  # diffusers' has no other end
+    if get.of_class("final_sigmas_type", "zero") == "sigma_min":
+        return (name or "dpmpp_2m",)
+    return ()
+
+
+def _read_discrete(get: Getter) -> NoiseSchedule:
+    """Read the classes of discrete laws."""
+    config, class_name = get.config, get.config.get("_class_name")
+    if config.get("timestep_type", "discrete") != "discrete":
+        advice = "no law here tells the network log(sigma) on discrete betas"
+        raise LdmPipeError(f"timestep_type is {config['timestep_type']!r}", WHERE, advice)
+    if get.of_class("original_inference_steps", 50) != 50:
+        what = f"original_inference_steps is {config['original_inference_steps']!r}"
+        raise LdmPipeError(what, WHERE, "only the customary 50 are known")
+    trained = None
+    kind = "squaredcos_cap_v2" if class_name == "UnCLIPScheduler" else config.get("beta_schedule", "linear")
+    if class_name != "UnCLIPScheduler":
+        trained = get.optional("trained_betas", _TRAINED_BETAS_SINCE, None)
+        kind = kind if trained is not None else get.required("beta_schedule")
+    named = trained is None and kind not in WITHOUT_ENDS
+    start = get.number("beta_start") if named else float(config.get("beta_start", 1e-4))
+    end = get.number("beta_end") if named else float(config.get("beta_end", 2e-2))
+    levels = get.required("num_train_timesteps")
+    betas = None if trained is None else tuple(float(beta) for beta in trained)
+    if betas is not None and kind not in DIFFUSERS_BETAS:  # a kind that diffusers does not know, written out for it
+        betas = None if betas == tuple(make_betas(kind, start, end, levels).tolist()) else betas
+    spacing = get.of_class("timestep_spacing", None)
+    if class_name in ("UnCLIPScheduler", "DPMSolverSinglestepScheduler", "LCMScheduler"):
+        spacing = "lcm" if class_name == "LCMScheduler" else "linspace"  # they have no other
     return NoiseSchedule(
-        beta_schedule=config.get("beta_schedule", "linear"),
-        beta_start=get.number("beta_start") if named else float(config.get("beta_start", 1e-4)),
-        beta_end=get.number("beta_end") if named else float(config.get("beta_end", 2e-2)),
-        num_train_timesteps=get.required("num_train_timesteps"),
-        prediction=prediction,
-        spacing=get.of_class("timestep_spacing", None),
-        steps_offset=get.of_class("steps_offset", 0),
+        beta_schedule=kind,
+        beta_start=start,
+        beta_end=end,
+        num_train_timesteps=levels,
+        prediction=_prediction(get),
+        spacing=spacing,
+        steps_offset=get.of_class("steps_offset", 1 if get.keys else 0),  # classes without it have no use for it
         zero_terminal_snr=bool(get.of_class("rescale_betas_zero_snr", False)),
-        trained_betas=None if trained is None else tuple(float(beta) for beta in trained),
-        noisy_end=final,
+        trained_betas=betas,
+        ramp=_ramp(get),
+        noisy_end=_noisy_end(get),
         config=FrozenConfig(config),
     )
 
 
-def write(
-    schedule: NoiseSchedule,
-    sampler: str = "ddim",
-    *,
-    for_stable_diffusion: bool = True,
-    thresholding: bool = False,
-    dynamic_thresholding_ratio: float = 0.995,
-    sample_max_value: float = 1.0,
-) -> dict[str, Any]:
-    """Write the diffusers scheduler config with which diffusers does what this schedule and sampler do here.
-
-    DDIM agrees for step numbers that divide num_train_timesteps, or leading spacing: elsewhere diffusers'
-    DDIMScheduler steps to other times than it evaluates next (`NoiseSchedule.steps(arrival="stride")`).
-
-    Args:
-        schedule: the noise law.
-        sampler: "ddim", "ddpm", "euler" or "dpmpp_2m".
-        for_stable_diffusion: refuse what diffusers' StableDiffusionPipeline would rewrite on loading.
-        thresholding: dynamic thresholding of latents, for ddpm and dpmpp_2m.
-        dynamic_thresholding_ratio: the percentile.
-        sample_max_value: the cap of the percentile; 1 is the static clip to [-1, 1].
-
-    Raises: LdmPipeError with the reason, for what diffusers cannot represent.
-    """
-    where = "scheduler export"
-    if schedule.spacing is None:
-        raise LdmPipeError("the schedule names no spacing", where, "set spacing= of the NoiseSchedule")
-    offset = schedule.steps_offset
-    if for_stable_diffusion and offset != 1:
-        if schedule.spacing == "leading":
-            raise LdmPipeError(
-                f"steps_offset {offset} with leading spacing: StableDiffusionPipeline rewrites it to 1",
-                where,
-                "use steps_offset=1, or trailing spacing",
-            )
-        offset = 1  # no other spacing reads it
-    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items() if ours != "flow"}
-    if schedule.prediction not in predictions:
-        raise LdmPipeError(
-            f"prediction {schedule.prediction!r} on a discrete law", where, "diffusers has no such scheduler"
-        )
-    config: dict[str, Any] = {
-        "_class_name": _class_name(sampler),
-        "_diffusers_version": "0.42.1",  # the version this agrees with by test
-        "num_train_timesteps": schedule.num_train_timesteps,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.beta_schedule,
-        "trained_betas": None if schedule.trained_betas is None else list(schedule.trained_betas),
-        "prediction_type": predictions[schedule.prediction],
-        "timestep_spacing": schedule.spacing,
-        "steps_offset": offset,
-        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
-    }
-    if thresholding and sampler in ("ddim", "euler"):
-        raise LdmPipeError(
-            f"thresholding with {sampler}: diffusers' {config['_class_name']} does something else or nothing with it",
-            where,
-            'use "dpmpp_2m" or "ddpm"',
-        )
-    if sampler == "ddpm" and schedule.final(sampler) == "first":
-        raise LdmPipeError("ddpm that ends at t = 0", where, "diffusers' DDPMScheduler always ends clean")
-    threshold = {
-        "thresholding": thresholding,
-        "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
-        "sample_max_value": sample_max_value,
-    }
-    return {**config, **_sampler_keys(sampler, threshold, clean=schedule.final(sampler) == "clean")}
+def _read_edm(get: Getter) -> EDM:
+    """Read the classes of EDM's law."""
+    prediction = get.of_class("prediction_type", None)
+    if prediction != "epsilon":  # what diffusers calls so here is EDM's own preconditioning
+        advice = 'only "epsilon" is the preconditioning of EDM'
+        raise LdmPipeError(f"prediction_type {prediction!r} on EDM's law", WHERE, advice)
+    ends = {key: get.number_of_class(key) for key in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+    spacing = get.of_class("sigma_schedule", None)
+    return EDM(**ends, spacing=spacing, noisy_end=_noisy_end(get), config=FrozenConfig(get.config))
 
 
-def _sampler_keys(sampler: str, threshold: Mapping[str, Any], *, clean: bool) -> dict[str, Any]:
-    """Return the keys that only one class of diffusers has."""
-    clip = {"clip_sample": False, "clip_sample_range": 1.0}
-    final = {"final_sigmas_type": "zero" if clean else "sigma_min"}
-    match sampler:
-        case "ddim":
-            return {**threshold, **clip, "set_alpha_to_one": clean}
-        case "ddpm":
-            return {**threshold, **clip, "variance_type": "fixed_small"}
-        case "euler":
-            euler = {"interpolation_type": "linear", "use_karras_sigmas": False, "timestep_type": "discrete"}
-            return {**euler, **final}
-    return {
-        **threshold,
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "lower_order_final": True,
-        "euler_at_final": False,
-        "use_karras_sigmas": False,
-        **final,
-    }
-
-
-def _class_name(sampler: str) -> str:
-    match sampler:
-        case "ddim":
-            return "DDIMScheduler"
-        case "ddpm":
-            return "DDPMScheduler"
-        case "euler":
-            return "EulerDiscreteScheduler"
-        case "dpmpp_2m":
-            return "DPMSolverMultistepScheduler"
-    raise LdmPipeError(
-        f"no diffusers scheduler for the sampler {sampler!r}", "scheduler export", "known: ddpm, ddim, euler, dpmpp_2m"
+def _read_flow(get: Getter) -> Flow:
+    """Read the classes of rectified flow."""
+    for key, neutral in (("invert_sigmas", False), ("scale_factors", None)):
+        if get.config.get(key, neutral) not in (neutral, None):
+            raise LdmPipeError(f"{key} is {get.config[key]!r}", WHERE, "no law here does that")
+    resolution = None
+    if get.of_class("use_dynamic_shifting", False):
+        ends = {name: get.of_class(name, None) for name in ("base_shift", "max_shift")}
+        lengths = {name: get.of_class(name, None) for name in ("base_image_seq_len", "max_image_seq_len")}
+        resolution = ResolutionShift(**ends, **lengths, kind=get.of_class("time_shift_type", None))
+    return Flow(
+        spacing=_ramp(get) or "linspace",
+        shift=get.number_of_class("shift"),
+        resolution=resolution,
+        terminal=get.of_class("shift_terminal", None) or None,
+        num_train_timesteps=get.of_class("num_train_timesteps", None),
+        config=FrozenConfig(get.config),
     )
 
 
-class _Getter:
-    """Look keys up in a scheduler config, knowing since when a file must hold them."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-        self.keys = _KEYS.get(config.get("_class_name", ""), {})
-        self.version = _version(config.get("_diffusers_version"))
-
-    def required(self, key: str, hint: str = "") -> Any:
-        """Return a value that must be there."""
-        if self.config.get(key) is None:
-            raise LdmPipeError(
-                f"the key {key!r} is missing", "scheduler_config.json", hint or "add it with the value of the training"
-            )
-        return self.config[key]
-
-    def number(self, key: str) -> float:
-        value = self.required(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise LdmPipeError(f"{key} is {value!r}", "scheduler_config.json", "it must be a number")
-        return float(value)
-
-    def optional(self, key: str, since: tuple[int, int], default: Any) -> Any:
-        """Return a value, or what diffusers takes for it in a file older than the key or in a plain dict."""
-        if key not in self.config and self.keys and (self.version is None or self.version >= since):
-            self.required(key, f"add it; diffusers would take {json.dumps(default)} in silence")
-        return self.config.get(key, default)
-
-    def of_class(self, key: str, default: Any) -> Any:
-        """Return a value that only some classes have; the others' is `default` whatever the file says."""
-        if not self.keys:
-            return self.config.get(key, default)
-        return self.optional(key, *self.keys[key]) if key in self.keys else default
-
-    def prediction(self) -> Prediction:
-        """Return the prediction; without a class name there is no default."""
-        name = self.of_class("prediction_type", None) if self.keys else self.required("prediction_type")
-        if name not in _PREDICTIONS:
-            known = ", ".join(_PREDICTIONS)
-            raise LdmPipeError(f"prediction_type is {name!r}", "scheduler_config.json", f"use one of {known}")
-        return _PREDICTIONS[name]
+def _read_solver_flow(get: Getter) -> Flow:
+    """Read use_flow_sigmas of a class that otherwise has a discrete law."""
+    name, prediction = sampler_name(get.config), _prediction(get)
+    if prediction not in ("flow", "x0"):
+        advice = "save it with flow_prediction"
+        raise LdmPipeError(f"prediction_type {get.config['prediction_type']!r} with use_flow_sigmas", WHERE, advice)
+    if _ramp(get) is not None or _noisy_end(get):
+        what = "use_flow_sigmas with other sigmas, or with an end that leaves noise in"
+        raise LdmPipeError(what, WHERE, "keep use_flow_sigmas, with final_sigmas_type zero")
+    levels = get.required("num_train_timesteps")
+    dynamic = bool(get.of_class("use_dynamic_shifting", False))
+    resolution = ResolutionShift(kind=get.of_class("time_shift_type", None)) if dynamic else None
+    law = Flow(
+        prediction=prediction,
+        shift=get.number_of_class("flow_shift"),
+        resolution=resolution,
+        terminal=get.of_class("shift_terminal", None) or None,
+        num_train_timesteps=levels,
+        config=FrozenConfig(get.config),
+    )
+    ends = solver_ends(name, levels)
+    return law if law.line_ends == ends else replace(law, ends=ends)
 
 
-def _version(text: Any) -> tuple[float, float] | None:
-    """Return (major, minor) of a diffusers version; a development version may lack what its release has."""
-    found = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
-    if found is None:
-        return None
-    return int(found[1]), int(found[2]) - (0.5 if isinstance(text, str) and "dev" in text else 0)
+def solver_ends(sampler: str | None, num_train_timesteps: int) -> tuple[float, float]:
+    """Return the linspace ends of diffusers' solvers with use_flow_sigmas: only UniPC starts at pure noise."""
+    low = 1 / num_train_timesteps
+    return (1.0, low) if sampler == "unipc" else (1 - low, 0.0)

@@ -100,9 +100,10 @@ def ramp(kind: Ramp, num_steps: int, largest: float, smallest: float, rho: float
 
 
 def open_ramp(kind: Ramp, num_steps: int, second: float, smallest: float, rho: float | None = None) -> Tensor:
-    """Return infinity, then a ramp of num_steps - 1 levels from the second: for laws that reach alpha = 0."""
-    rest = ramp(kind, num_steps - 1, second, smallest, rho) if num_steps > 1 else torch.zeros(0, dtype=torch.float64)
-    return torch.cat([torch.tensor([math.inf], dtype=torch.float64), rest])
+    """Return a ramp from the second largest level, its first one replaced by infinity: for laws that reach alpha = 0."""
+    levels = ramp(kind, num_steps, second, smallest, rho)
+    levels[0] = math.inf
+    return levels
 
 
 def _beta_quantiles(u: Tensor, shape: float = 0.6) -> Tensor:
@@ -168,7 +169,8 @@ def explicit(values: Sequence[float] | Tensor, name: str, low: float, high: floa
         raise LdmPipeError(f"{name} is {values!r:.80}", how_to_fix="give a list of numbers") from error
     if vector.ndim != 1 or len(vector) == 0:
         raise LdmPipeError(f"{name} has the shape {tuple(vector.shape)}", how_to_fix="give a list of numbers")
-    if not bool(((vector >= low) & (vector <= high)).all()):
+    inside = (vector >= low * (1 - 1e-9)) & (vector <= high * (1 + 1e-9))  # an end may be computed by another way
+    if not bool(inside.all()):
         outside = f"{name} reach from {vector.min():g} to {vector.max():g}"
         raise LdmPipeError(outside, how_to_fix=f"this law's go from {high:g} down to {low:g}; the end is added")
     if not bool((vector[1:] < vector[:-1]).all()):

@@ -23,8 +23,9 @@ CORE: dict[str, set[str]] = {
     "schedule": {"betas", "spacing", "steps", "schedule_config", "schedule_export"},
     "continuous": {"schedule", "spacing", "steps", "schedule_export"},
     "laws": {"continuous", "schedule", "spacing"},
-    "schedule_config": {"betas", "laws", "schedule", "spacing"},
-    "schedule_export": {"betas", "laws", "schedule", "schedule_config"},
+    "schedule_keys": set(),
+    "schedule_config": {"betas", "laws", "schedule", "schedule_keys", "spacing"},
+    "schedule_export": {"betas", "laws", "schedule", "schedule_config", "schedule_keys", "spacing"},
     "noise": set(),
     "process": {"schedule"},
     "objectives": {"process", "schedule", "denoiser", "variational"},
@@ -40,7 +41,7 @@ CORE: dict[str, set[str]] = {
 # Where the three packages meet: the pipeline and what it is made of, the formats, training, the command line.
 MEETING = {
     "ldm_pipe", "pipeline", "drawing", "request", "request_prompts", "stepping", "golden", "outputs", "pixels",
-    "interop", "training", "metrics", "commands", "cli",
+    "interop", "training", "metrics", "commands", "cli", "editing", "placement", "request_steps", "scheduler_config",
 }  # fmt: skip
 # Costly to import, or not installed with the runtime: never when a module of ours is imported.
 HEAVY = {

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_pipe import samplers
+from ldm_pipe.betas import BetaSchedule, make_betas
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.schedule import NoiseSchedule, Steps, make_betas
+from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.spacing import Ramp
+from ldm_pipe.steps import Steps
 
-LAWS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+LAWS = get_args(BetaSchedule)
 SPACINGS = ("leading", "trailing", "linspace")
+RAMPS = get_args(Ramp)
 GRIDS = ("integer", "fractional", "multistep")
 TIMES = torch.arange(1000)
 
@@ -31,7 +34,7 @@ def test_log_snr_falls_strictly(law: Any, zero_snr: bool) -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 def test_alpha_and_sigma_are_the_product_of_betas_in_float64(law: Any) -> None:
-    schedule = NoiseSchedule(beta_schedule=law)
+    schedule = NoiseSchedule(beta_schedule=law, prediction="v")
     alpha, sigma = schedule.alpha_sigma(TIMES)
     product, expected = 1.0, []
     for beta in make_betas(law, 0.00085, 0.012, 1000).tolist():
@@ -50,6 +53,13 @@ def test_ends_are_those_of_the_papers() -> None:
     assert torch.allclose(scaled.sqrt().diff(), scaled.sqrt().diff()[0], rtol=1e-9)
     cosine = make_betas("squaredcos_cap_v2", 0, 0, 1000)
     assert float(cosine.max()) == 0.999
+    assert torch.equal(make_betas("quadratic", 1e-4, 0.02, 50), make_betas("scaled_linear", 1e-4, 0.02, 50))
+    sigmoid = make_betas("sigmoid", 1e-4, 0.02, 1001)
+    assert float(sigmoid[500]) == pytest.approx((1e-4 + 0.02) / 2)
+    assert float(make_betas("sqrt", 1e-4, 0.02, 1000)[0]) == pytest.approx(0.01)
+    # 1/T: alpha_bar falls by the same amount at every time, and reaches 0
+    alpha_bar = NoiseSchedule(beta_schedule="jsd", prediction="v", num_train_timesteps=40).alpha(TIMES[:40]).square()
+    assert torch.allclose(alpha_bar, 1 - torch.arange(1, 41, dtype=torch.float64) / 40, atol=1e-14)
     # half way alpha_bar is cos^2(pi/4), up to the offset of 0.008
     half = NoiseSchedule(beta_schedule="squaredcos_cap_v2").alpha(499).square()
     assert (
@@ -190,7 +200,8 @@ def test_strength_keeps_the_strides() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("beta_schedule", "sigmoid"),
+        ("beta_schedule", "laplace"),
+        ("ramp", "trailing"),
         ("prediction", "epsilon"),
         ("spacing", "karras"),
         ("num_train_timesteps", 1),
@@ -204,29 +215,73 @@ def test_strength_keeps_the_strides() -> None:
     ],
 )
 def test_what_means_nothing_is_refused(field: str, value: Any) -> None:
-    with pytest.raises(LdmPipeError, match=r"beta|prediction|spacing|num_train|offset"):
+    with pytest.raises(LdmPipeError, match=r"beta|prediction|spacing|ramp|num_train|offset"):
         NoiseSchedule(**{field: value})
 
 
-def test_eps_without_signal_is_refused() -> None:
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+@pytest.mark.parametrize("law", [{"zero_terminal_snr": True}, {"beta_schedule": "jsd"}])
+def test_eps_without_signal_is_refused(prediction: Any, law: dict[str, Any]) -> None:
     with pytest.raises(LdmPipeError, match="zero terminal SNR"):
-        NoiseSchedule(prediction="eps", zero_terminal_snr=True)
+        NoiseSchedule(prediction=prediction, **law)
+
+
+@given(num_steps=st.integers(1, 200), kind=st.sampled_from(RAMPS), zero=st.booleans(), grid=st.sampled_from(GRIDS))
+def test_ramps_neither_repeat_times_nor_leave_noise(num_steps: int, kind: Any, zero: bool, grid: Any) -> None:
+    """diffusers rounds the times of Karras sigmas, so that neighbours meet (PR#6477), and may end above 0 (#5687)."""
+    schedule = NoiseSchedule(prediction="v", zero_terminal_snr=zero, spacing="trailing")
+    steps = schedule.steps(num_steps, spacing=kind, grid=grid)
+    assert steps.num_steps == num_steps
+    assert float(steps.t[0]) == 999
+    assert num_steps == 1 or float(steps.t[-2]) == pytest.approx(0, abs=1e-9)
+    assert (float(steps.alpha[-1]), float(steps.sigma[-1])) == (1.0, 0.0)
+    assert bool((steps.sigma.diff() < 0).all())
+    assert bool(torch.stack([steps.t, steps.alpha, steps.sigma]).isfinite().all())
+
+
+@pytest.mark.parametrize("kind", RAMPS)
+def test_a_ramp_of_the_schedule_spans_its_even_times_for_euler_and_all_levels_for_multistep(kind: Any) -> None:
+    schedule = NoiseSchedule(spacing="leading", ramp=kind)
+    plain = NoiseSchedule(spacing="leading")
+    even, ramped = plain.steps(10, grid="fractional"), schedule.steps(10, grid="fractional")
+    assert torch.allclose(ramped.t[[0, 9]], even.t[[0, 9]], atol=1e-9)
+    assert ramped.init_scale == even.init_scale == 1.0
+    assert torch.equal(schedule.steps(10, grid="multistep").t, plain.steps(10, spacing=kind).t)
+    assert torch.equal(schedule.steps(10, spacing="trailing").t, plain.steps(10, spacing="trailing").t)
+
+
+def test_explicit_times_and_levels() -> None:
+    schedule = NoiseSchedule()
+    steps = schedule.steps(times=[999, 500.5, 3])
+    assert steps.t.tolist() == [999, 500.5, 3, -1]
+    edm = (steps.sigma / steps.alpha)[:-1]
+    assert torch.allclose(schedule.steps(sigmas=edm).t, steps.t, atol=1e-9)
+    assert torch.equal(schedule.steps(times=steps.t[:-1]).alpha, steps.alpha)
+    for bad in ([1000.0, 3], [5, -1], [3, 5], [5, 5], [], [[5, 3]], "nonsense", [float("nan")]):
+        with pytest.raises(LdmPipeError):
+            schedule.steps(times=bad)  # type: ignore[arg-type]
+    for bad in ([99.0, 3], [3, 0], [3, 5]):
+        with pytest.raises(LdmPipeError, match="sigmas"):
+            schedule.steps(sigmas=bad)
+
+
+def test_the_rows_are_named_in_exactly_one_way() -> None:
+    schedule = NoiseSchedule()
+    for ways in (
+        {},
+        {"num_steps": 3, "times": [3]},
+        {"num_steps": 25, "spacing": "ddim25"},
+        {"times": [3], "sigmas": [3]},
+    ):
+        with pytest.raises(LdmPipeError, match="one of num_steps"):
+            schedule.steps(**ways)
+    assert schedule.steps(spacing="ddim25").num_steps == 25
 
 
 def config(*dropped: str, **changes: Any) -> dict[str, Any]:
     """Return a DDIM scheduler file with some keys changed and some dropped."""
     file = {**NoiseSchedule().to_config("ddim"), **changes}
     return {key: value for key, value in file.items() if key not in dropped}
-
-
-@pytest.mark.parametrize("sampler", samplers.NAMES)
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_config_round_trip(sampler: str, prediction: Any) -> None:
-    schedule = NoiseSchedule(
-        beta_schedule="linear", beta_start=1e-3, beta_end=0.03, num_train_timesteps=500, prediction=prediction,
-        spacing="trailing", zero_terminal_snr=prediction != "eps",
-    )  # fmt: skip
-    assert NoiseSchedule.from_config(schedule.to_config(sampler)) == schedule
 
 
 def test_trained_betas_survive_the_config() -> None:
@@ -270,11 +325,10 @@ def test_a_plain_dict_without_spacing_must_be_told() -> None:
     "changes",
     [
         {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-        {"beta_schedule": "sigmoid"},
+        {"beta_schedule": "laplace"},
         {"prediction_type": "eps"},
         {"timestep_spacing": "karras"},
         {"beta_start": "0.1"},
-        {"use_flow_sigmas": True},
         {"rescale_betas_zero_snr": True},
     ],
 )
@@ -283,7 +337,7 @@ def test_unknown_values_in_a_config_are_refused(changes: dict[str, Any]) -> None
         NoiseSchedule.from_config(config(**changes))
 
 
-@pytest.mark.parametrize("setting", [{"use_karras_sigmas": True}, {"algorithm_type": "sde-dpmsolver++"}])
+@pytest.mark.parametrize("setting", [{"solver_type": "heun"}, {"lambda_min_clipped": -5.1}])
 def test_a_setting_without_effect_warns(setting: dict[str, Any]) -> None:
     file = {**NoiseSchedule().to_config("dpmpp_2m"), **setting}
     with pytest.warns(UserWarning, match="ignored"):
@@ -303,8 +357,8 @@ def test_what_diffusers_cannot_represent_is_refused() -> None:
         NoiseSchedule().to_config("euler", thresholding=True)
     with pytest.raises(LdmPipeError, match="flow"):
         NoiseSchedule(prediction="flow").to_config("ddim")
-    with pytest.raises(LdmPipeError, match="heun"):
-        NoiseSchedule().to_config("heun")
+    with pytest.raises(LdmPipeError, match="restart"):
+        NoiseSchedule().to_config("restart")
     with pytest.raises(LdmPipeError, match="rewrites"):
         NoiseSchedule(steps_offset=0).to_config("ddim")
     assert NoiseSchedule(steps_offset=0).to_config("ddim", for_stable_diffusion=False)["steps_offset"] == 0
