@@ -145,20 +145,43 @@ def test_sheet_draws_the_captions_that_retrieval_asks_for(evaluate: ModuleType, 
         assert sheet.width == 6 * (128 + 4) + 4
 
 
+def test_bits_measures_the_bound_and_its_parts(
+    evaluate: ModuleType, drawings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["bits", "--model", MODEL, "--validation_file", drawings, "--num_steps", "5", "--num_images", "3"]
+
+    def results(name: str, *more: str) -> dict[str, float]:
+        evaluate.main([*common, *more, "--output", str(tmp_path / name)])
+        return json.loads((tmp_path / name / "results.json").read_text())["results"]
+
+    whole = results("whole")
+    assert f"| {whole['bits_per_dim']:.4f} |" in capsys.readouterr().out
+    assert whole["bits_per_dim"] == pytest.approx(whole["prior"] + whole["steps"] + whole["decoder"])
+    assert len(whole["levels"]) == 4  # type: ignore[arg-type]
+    # a drawing's bound does not depend on its batch
+    assert results("split", "--batch_size", "2")["bits_per_dim"] == pytest.approx(whole["bits_per_dim"], rel=1e-4)
+    # rounding to bins of w costs -log2(w) bits more than the density, apart from the decoder's variance
+    fine, finer = (results(w, "--bin_width", w)["decoder"] for w in ("0.001", "0.0005"))
+    assert finer - fine == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["sheet", "--batch_size", "0"], "batch_size"),
         (["sheet", "--model", "nowhere"], "nowhere"),
-        (["sheet", "--sampler", "heun"], "sampler"),
+        (["sheet", "--sampler", "huen"], "sampler"),
         (["retrieval", "--guidance_scale", "nan"], "guidance_scale"),
         (["autoencoder", "--resolution", "30"], "resolution"),
+        (["bits", "--num_steps", "0"], "num_steps"),
+        (["bits", "--bin_width", "-1"], "bin_width"),
     ],
 )
 def test_bad_input_is_one_clear_error(
     evaluate: ModuleType, drawings: str, tmp_path: Path, arguments: list[str], named: str
 ) -> None:
-    files = ["--train_file", drawings] + (["--validation_file", drawings] if arguments[0] == "autoencoder" else [])
+    files = [] if arguments[0] == "bits" else ["--train_file", drawings]
+    files += ["--validation_file", drawings] if arguments[0] in ("autoencoder", "bits") else []
     model = [] if "--model" in arguments else ["--model", MODEL]
     with pytest.raises(LdmPipeError, match=named):
         evaluate.main([*arguments, *model, *files, "--output", str(tmp_path)])
