@@ -19,14 +19,20 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.common import Callback
 from ldm_pipe.samplers.ddim import ddim
 from ldm_pipe.samplers.ddpm import ddpm
+from ldm_pipe.samplers.deis import deis
 from ldm_pipe.samplers.dpm2 import dpm2, dpm2_ancestral
 from ldm_pipe.samplers.dpmpp import dpmpp_2m, dpmpp_3m
 from ldm_pipe.samplers.dpmpp_2s import dpmpp_2s, dpmpp_2s_ancestral
 from ldm_pipe.samplers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
 from ldm_pipe.samplers.euler import euler, euler_ancestral
 from ldm_pipe.samplers.heun import edm, heun
+from ldm_pipe.samplers.langevin import annealed_langevin, predictor_corrector
+from ldm_pipe.samplers.lcm import lcm
 from ldm_pipe.samplers.lms import lms
 from ldm_pipe.samplers.names import suggest
+from ldm_pipe.samplers.plms import plms
+from ldm_pipe.samplers.restart import restart
+from ldm_pipe.samplers.unipc import unipc
 from ldm_pipe.schedule import Grid, Steps
 
 __all__ = [
@@ -34,8 +40,10 @@ __all__ = [
     "Callback",
     "Noise",
     "Sampler",
+    "annealed_langevin",
     "ddim",
     "ddpm",
+    "deis",
     "dpm2",
     "dpm2_ancestral",
     "dpmpp_2m",
@@ -50,7 +58,12 @@ __all__ = [
     "euler_ancestral",
     "get",
     "heun",
+    "lcm",
     "lms",
+    "plms",
+    "predictor_corrector",
+    "restart",
+    "unipc",
 ]
 
 Name = Literal[
@@ -70,6 +83,13 @@ Name = Literal[
     "dpmpp_sde",
     "dpmpp_2m_sde",
     "dpmpp_3m_sde",
+    "plms",
+    "unipc",
+    "deis",
+    "restart",
+    "lcm",
+    "annealed_langevin",
+    "predictor_corrector",
 ]
 NAMES: tuple[str, ...] = get_args(Name)
 _COMMON = {"noise", "eta", "callback"}  # what every sampler is called with
@@ -86,7 +106,7 @@ class Sampler:
         has_eta: whether eta means something.
         always_stochastic: whether it needs noise whatever eta is.
         evaluations_per_step: calls of the denoiser per step with the default options; the step to sigma = 0 and one
-            from alpha = 0 may need fewer.
+            from alpha = 0 may need fewer. plms has one more in its first step, restart 12 more where it restarts.
     """
 
     name: str
@@ -170,6 +190,20 @@ def get(name: str) -> Sampler:
             return Sampler(name, dpmpp_2m_sde, "multistep", always_stochastic=True)
         case "dpmpp_3m_sde":
             return Sampler(name, dpmpp_3m_sde, "multistep", always_stochastic=True)
+        case "plms":
+            return Sampler(name, plms, "integer")
+        case "unipc":
+            return Sampler(name, unipc, "multistep")
+        case "deis":
+            return Sampler(name, deis, "multistep")
+        case "restart":
+            return Sampler(name, restart, "fractional", always_stochastic=True, evaluations_per_step=2)
+        case "lcm":
+            return Sampler(name, lcm, "integer", always_stochastic=True)
+        case "annealed_langevin":
+            return Sampler(name, annealed_langevin, "integer", always_stochastic=True, evaluations_per_step=11)
+        case "predictor_corrector":
+            return Sampler(name, predictor_corrector, "integer", always_stochastic=True, evaluations_per_step=2)
     meant = suggest(str(name), NAMES)
     hint = f"did you mean {meant!r}? " if meant else ""
     raise LdmPipeError(f"unknown sampler {name!r}", how_to_fix=f"{hint}known: {', '.join(NAMES)}")
