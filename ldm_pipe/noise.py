@@ -44,6 +44,11 @@ class Noise:
         noise._shared = True
         return noise
 
+    @property
+    def generators(self) -> torch.Generator | list[torch.Generator]:
+        """Return the generators, one per sample, or the one that is shared: what diffusers takes as `generator`."""
+        return self._generators[0] if self._shared else self._generators
+
     def __call__(self, shape: Shape) -> Tensor:
         """Draw noise, float32, on the generators' device.
 
