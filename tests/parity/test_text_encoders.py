@@ -1,0 +1,447 @@
+"""Our text encoders against transformers, open_clip and diffusers' own pipelines, on tiny random weights.
+
+All compute in fp32 with the same operators; 1e-5 leaves room for another order of summation. Every weight is drawn with
+a deviation of 0.3 or less, so that no layer is without a say.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conditioning import (
+    CLIPImageEncoder,
+    CLIPTextEncoder,
+    ClipTokenizer,
+    OpenCLIPTextEncoder,
+    T5TextEncoder,
+    TransformerTextEncoder,
+    load_text_encoder,
+)
+from conditioning.text import DEEPFLOYD_IF, KARLO, OPENCLIP_SD2, SDXL, SDXL_2, LibraryTokenizer, Reading
+from conditioning.tokenizer import train_bpe
+from ldm_pipe.pretrained import LdmPipeError, save_tensors
+
+transformers = pytest.importorskip("transformers", reason="the reference")
+
+TOKENIZER = train_bpe(["red green apple", "grinning face", "red apple", "smiling eyes"] * 3, 620, max_length=24)
+PROMPTS = ["A Red Apple, please", "", "smiling face with big eyes"]
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def draw(module: nn.Module, std: float = 0.3) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in sorted(module.named_parameters()):
+        nn.init.normal_(parameter, std=std, generator=generator)
+    return module.eval()
+
+
+def tokenizer_folder(folder: Path, pad_token: str = "<|endoftext|>") -> Path:
+    ClipTokenizer(TOKENIZER.vocab, TOKENIZER.merges, max_length=24, pad_token=pad_token).save_pretrained(folder)
+    return folder
+
+
+def clip_folder(folder: Path, *, projection: bool = False, **changes: Any) -> Any:
+    """Save a tiny CLIP text model of transformers and its tokenizer."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        max_position_embeddings=24,
+        projection_dim=20,
+        bos_token_id=TOKENIZER.start_id,
+        **{"eos_token_id": TOKENIZER.end_id, "pad_token_id": TOKENIZER.pad_id, **changes},
+    )
+    model = draw((transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config))
+    model.save_pretrained(folder)
+    return model
+
+
+def bare(cls: Any, **parts: Any) -> Any:
+    """Make a pipeline of diffusers that holds nothing but what encodes prompts."""
+    names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    flags = {name: False for name in names if name in ("requires_safety_checker", "add_watermarker")}
+    return cls(**{**dict.fromkeys(names), **flags, **parts})
+
+
+@pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])
+@torch.no_grad()
+def test_stable_diffusion_1_and_2(pad_token: str, tmp_path: Path) -> None:
+    """SD2's folder differs by its padding, its activation and one layer less."""
+    diffusers = pytest.importorskip("diffusers", reason="the reference")
+    activation = {"<|endoftext|>": "quick_gelu", "!": "gelu"}[pad_token]
+    model = clip_folder(tmp_path / "text_encoder", hidden_act=activation)
+    tokenizer_folder(tmp_path / "tokenizer", pad_token)
+    theirs = bare(
+        diffusers.StableDiffusionPipeline,
+        text_encoder=model,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"),
+        unet=tiny_unet(),
+        vae=tiny_vae(),
+    )
+    encoder = CLIPTextEncoder.from_pretrained(tmp_path)
+    # clip_skip of diffusers 0.42 fails with transformers 5 here; test_clip_transformers.py holds its formula
+    positive, negative = theirs.encode_prompt(PROMPTS, "cpu", 1, True, ["red"] * 3)
+    torch.testing.assert_close(encoder.encode(PROMPTS).tokens, positive, **CLOSE)
+    torch.testing.assert_close(encoder.encode(["red"] * 3).tokens, negative, **CLOSE)
+
+
+def tiny_unet() -> Any:
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=48,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
+    )  # fmt: skip
+
+
+def tiny_vae() -> Any:
+    import diffusers
+
+    return diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+
+
+@torch.no_grad()
+def test_sdxl_both_encoders(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the reference")
+    first = clip_folder(tmp_path / "text_encoder", hidden_act="quick_gelu")
+    second = clip_folder(tmp_path / "text_encoder_2", projection=True, hidden_act="gelu")
+    tokenizer_folder(tmp_path / "tokenizer")
+    tokenizer_folder(tmp_path / "tokenizer_2", "!")
+    library = transformers.CLIPTokenizer
+    theirs = bare(
+        diffusers.StableDiffusionXLPipeline,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=library.from_pretrained(tmp_path / "tokenizer"),
+        tokenizer_2=library.from_pretrained(tmp_path / "tokenizer_2"),
+        unet=tiny_unet(),
+        vae=tiny_vae(),
+        force_zeros_for_empty_prompt=False,
+    )
+    ours = [
+        CLIPTextEncoder.from_pretrained(tmp_path, reading=SDXL),
+        CLIPTextEncoder.from_pretrained(tmp_path, subfolder="text_encoder_2", reading=SDXL_2),
+    ]
+    for clip_skip in (None, 1):
+        tokens, _, pooled, _ = theirs.encode_prompt(
+            PROMPTS, device="cpu", do_classifier_free_guidance=True, negative_prompt=["red"] * 3, clip_skip=clip_skip
+        )
+        parts = [encoder.encode(PROMPTS, clip_skip=clip_skip) for encoder in ours]
+        found = parts[0].join(parts[1])
+        torch.testing.assert_close(found.tokens, tokens, **CLOSE)
+        torch.testing.assert_close(found.pooled, pooled, **CLOSE)
+
+
+@torch.no_grad()
+def test_karlo(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="the reference")
+    from diffusers import UnCLIPPipeline
+
+    model = clip_folder(tmp_path / "text_encoder", projection=True)
+    library = transformers.CLIPTokenizer.from_pretrained(tokenizer_folder(tmp_path / "tokenizer"))
+    theirs = bare(UnCLIPPipeline, text_encoder=model, tokenizer=library)
+    pooled, tokens, mask = theirs._encode_prompt(PROMPTS, "cpu", 1, False)
+    found = CLIPTextEncoder.from_pretrained(tmp_path, reading=KARLO).encode(PROMPTS)
+    torch.testing.assert_close(found.tokens, tokens, **CLOSE)
+    torch.testing.assert_close(found.pooled, pooled, **CLOSE)
+    assert torch.equal(found.token_mask, mask)
+
+
+def t5_folder(root: Path, kind: str = "t5", **changes: Any) -> Any:
+    """Save a tiny encoder of the T5 family and a Unigram tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(["a red apple, please", "smiling face with big eyes"] * 5, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    library = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    library.save_pretrained(root / "tokenizer")
+    classes = {
+        "t5": (transformers.T5Config, transformers.T5EncoderModel),
+        "mt5": (transformers.MT5Config, transformers.MT5EncoderModel),
+        "umt5": (transformers.UMT5Config, transformers.UMT5EncoderModel),
+    }
+    config = classes[kind][0](
+        vocab_size=70, d_model=24, d_kv=8, num_heads=3, d_ff=32, num_layers=2, feed_forward_proj="gated-gelu",
+        dropout_rate=0.1, **changes,
+    )  # fmt: skip
+    model = draw(classes[kind][1](config))
+    model.save_pretrained(root / "text_encoder")
+    return model, library
+
+
+@torch.no_grad()
+def test_deepfloyd_if_hides_the_padding(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the reference")
+    model, library = t5_folder(tmp_path)
+    theirs = bare(diffusers.IFPipeline, text_encoder=model, tokenizer=library)
+    positive, negative = theirs.encode_prompt(PROMPTS, device="cpu", negative_prompt=["red"] * 3)
+    encoder = T5TextEncoder.from_pretrained(tmp_path / "text_encoder", reading=DEEPFLOYD_IF)
+    assert positive.shape == (3, 77, 24)
+    torch.testing.assert_close(encoder.encode(PROMPTS).tokens, positive, **CLOSE)
+    torch.testing.assert_close(encoder.encode(["red"] * 3).tokens, negative, **CLOSE)
+    assert encoder.encode(PROMPTS).token_mask is None
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
+@torch.no_grad()
+def test_the_t5_family(kind: str, tmp_path: Path) -> None:
+    model, library = t5_folder(tmp_path, kind)
+    reading = Reading(skip=1, attend_mask=True, keep_mask=True, max_length=40)
+    encoder = T5TextEncoder.from_pretrained(tmp_path / "text_encoder", reading=reading)
+    rows = library(PROMPTS, padding="max_length", max_length=40, truncation=True, return_tensors="pt")
+    expected = model(rows.input_ids, attention_mask=rows.attention_mask, output_hidden_states=True)
+    output = encoder(rows.input_ids, rows.attention_mask)
+    torch.testing.assert_close(output[1], expected.last_hidden_state, **CLOSE)
+    found = encoder.encode(PROMPTS)
+    normed = model.encoder.final_layer_norm(expected.hidden_states[-2])
+    torch.testing.assert_close(found.tokens, normed, **CLOSE)
+    assert torch.equal(found.token_mask, rows.attention_mask.bool())
+    long = [PROMPTS[2] * 9]
+    cut = library(long, max_length=40, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(encoder.tokenizer(long, max_length=40).ids, cut)
+    with pytest.warns(UserWarning, match="longer than 40 tokens, this part is cut: .*big eyes'"):
+        encoder.encode(long)
+
+
+@torch.no_grad()
+def test_t5_is_saved_for_transformers_and_stays_sane_in_bfloat16(tmp_path: Path) -> None:
+    model, _ = t5_folder(tmp_path)
+    encoder = T5TextEncoder.from_pretrained(tmp_path / "text_encoder")
+    encoder.save_pretrained(tmp_path / "again")
+    theirs, info = transformers.T5EncoderModel.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.tensor([[5, 6, 7, 1]])
+    torch.testing.assert_close(theirs(ids).last_hidden_state, model(ids).last_hidden_state, **CLOSE)
+    assert isinstance(load_text_encoder(tmp_path / "again"), T5TextEncoder)
+    half = T5TextEncoder.from_pretrained(tmp_path / "text_encoder", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    a, b = encoder(ids)[1], half(ids)[1].float()
+    assert (a - b).abs().mean() < 0.05 * a.abs().mean()  # 8 bits of mantissa, two layers
+    with pytest.warns(UserWarning, match="float16 overflows in T5"):
+        assert T5TextEncoder.from_pretrained(tmp_path / "text_encoder", dtype=torch.float16).dtype == torch.float32
+
+
+def test_t5_with_missing_weights_is_refused_and_a_decoder_is_left_out(tmp_path: Path) -> None:
+    model, _ = t5_folder(tmp_path)
+    weights = {name: value for name, value in model.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    folder = tmp_path / "text_encoder"
+    save_tensors(
+        folder / "model.safetensors", {**weights, "decoder.x": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
+    )
+    T5TextEncoder.from_pretrained(folder)
+    weights.pop("encoder.block.1.layer.0.SelfAttention.q.weight")
+    save_tensors(folder / "model.safetensors", weights)
+    with pytest.raises(LdmPipeError, match=r"missing \['encoder.block.1.layer.0.SelfAttention.q.weight"):
+        T5TextEncoder.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_ldm_text_to_image(tmp_path: Path) -> None:
+    """LDMTextToImagePipeline encodes by bert(tokenizer(prompt, max_length=77, padding).input_ids)[0], no mask."""
+    pytest.importorskip("diffusers", reason="the reference")
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", ",", "please", "smiling", "face", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    library = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=20)
+    library.save_pretrained(tmp_path / "tokenizer")
+    config = LDMBertConfig(
+        vocab_size=20, max_position_embeddings=20, encoder_layers=2, encoder_ffn_dim=32, encoder_attention_heads=3,
+        head_dim=8, d_model=16,
+    )  # fmt: skip
+    model = draw(LDMBertModel(config))
+    model.save_pretrained(tmp_path / "bert")
+    rows = library(PROMPTS, padding="max_length", max_length=20, truncation=True, return_tensors="pt")
+    expected = model(rows.input_ids)[0]
+    encoder = TransformerTextEncoder.from_pretrained(tmp_path / "bert")
+    assert torch.equal(encoder.tokenizer(PROMPTS).ids, rows.input_ids)
+    torch.testing.assert_close(encoder.encode(PROMPTS).tokens, expected, **CLOSE)
+
+
+# OpenCLIP
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "gelu_tanh": {"act_kwargs": {"approximate": "tanh"}},
+    "siglip": {"no_causal_mask": True, "pool_type": "last", "proj_type": "none"},
+    "coca": {"embed_cls": True},
+}
+
+
+def openclip_config(**changes: Any) -> dict[str, Any]:
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3, **changes}
+    return {"embed_dim": 16, "quick_gelu": False, "text_cfg": text}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@torch.no_grad()
+def test_openclip_towers(tower: str, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="the reference")
+    config = openclip_config(**TOWERS[tower])
+    encoder = draw(OpenCLIPTextEncoder(config, reading=Reading(skip=1, pooled="projected")))
+    ids = open_clip.SimpleTokenizer(context_length=12)(PROMPTS)
+    batch = encoder.tokenizer(PROMPTS)
+    assert torch.equal(batch.ids, ids)
+    torch.testing.assert_close(encoder.encode(PROMPTS).pooled, encoder.text(ids), **CLOSE)
+    # the penultimate layer by a hook, not by the library's own list
+    seen: list[Tensor] = []
+    handle = encoder.text.transformer.resblocks[-2].register_forward_hook(lambda *args: seen.append(args[2]))
+    encoder.text(ids)
+    handle.remove()
+    expected = encoder.text.ln_final(seen[0][:, :12])
+    torch.testing.assert_close(encoder.encode(PROMPTS).tokens, expected, **CLOSE)
+    encoder.save_pretrained(tmp_path)
+    loaded = load_text_encoder(tmp_path)
+    assert loaded.reading == encoder.reading
+    assert torch.equal(loaded.encode(PROMPTS).tokens, encoder.encode(PROMPTS).tokens)
+
+
+@torch.no_grad()
+def test_a_whole_openclip_model_gives_its_text_tower(tmp_path: Path) -> None:
+    """Old models hold the text tower without a prefix, new ones under `text.`; folders hold open_clip_config.json."""
+    open_clip = pytest.importorskip("open_clip", reason="the reference")
+    import json
+
+    config = {**openclip_config(), "vision_cfg": {"image_size": 8, "layers": 1, "width": 64, "patch_size": 4}}
+    for build in (open_clip.CLIP, open_clip.CustomTextCLIP):
+        model = draw(build(**config), 0.1)
+        save_tensors(tmp_path / "open_clip_model.safetensors", model.state_dict())
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        encoder = OpenCLIPTextEncoder.from_pretrained(tmp_path, reading=Reading(pooled="projected"))
+        ids = encoder.tokenizer(PROMPTS).ids
+        torch.testing.assert_close(encoder.encode(PROMPTS).pooled, model.encode_text(ids), **CLOSE)
+
+
+@torch.no_grad()
+def test_openclip_penultimate_is_stable_diffusion_2s_cliptextmodel() -> None:
+    """SD2's folder is a CLIPTextModel made of OpenCLIP's tower without its last layer: fused qkv taken apart."""
+    pytest.importorskip("open_clip", reason="the reference")
+    tower = draw(OpenCLIPTextEncoder(openclip_config(context_length=77)))
+    assert tower.reading == OPENCLIP_SD2
+    clip = CLIPTextEncoder({
+        "vocab_size": 49408, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 77, "hidden_act": "gelu",
+    })  # fmt: skip
+    clip.load_state_dict(as_clip_keys(tower.text.state_dict(), num_layers=2))
+    batch = tower.tokenizer(PROMPTS)
+    expected = clip(batch.ids).last
+    torch.testing.assert_close(tower.encode(PROMPTS).tokens, expected, **CLOSE)
+
+
+def as_clip_keys(tower: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    named = {
+        "embeddings.token_embedding.weight": tower["token_embedding.weight"],
+        "embeddings.position_embedding.weight": tower["positional_embedding"],
+        "final_layer_norm.weight": tower["ln_final.weight"],
+        "final_layer_norm.bias": tower["ln_final.bias"],
+    }
+    pairs = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
+    for i in range(num_layers):
+        block = f"transformer.resblocks.{i}."
+        for kind in ("weight", "bias"):
+            for theirs, ours in pairs.items():
+                named[f"encoder.layers.{i}.{ours}.{kind}"] = tower[f"{block}{theirs}.{kind}"]
+            fused = tower[f"{block}attn.in_proj_{kind}"].chunk(3)
+            for name, value in zip(("q_proj", "k_proj", "v_proj"), fused, strict=True):
+                named[f"encoder.layers.{i}.self_attn.{name}.{kind}"] = value
+    return {f"text_model.{name}": value for name, value in named.items()}
+
+
+def test_openclip_says_what_is_wrong(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="the library")
+    with pytest.raises(LdmPipeError, match="knows no model 'ViT-Z'"):
+        OpenCLIPTextEncoder.from_open_clip("ViT-Z")
+    with pytest.raises(LdmPipeError, match="embed_dim and text_cfg"):
+        OpenCLIPTextEncoder({"embed_dim": 8})
+    with pytest.raises(LdmPipeError, match="open_clip cannot build it"):
+        OpenCLIPTextEncoder({"embed_dim": 8, "text_cfg": {"wide": 3}})
+    encoder = OpenCLIPTextEncoder(openclip_config())
+    encoder.save_pretrained(tmp_path)
+    weights = {name: value for name, value in encoder.state_dict().items() if "ln_final" not in name}
+    save_tensors(tmp_path / "model.safetensors", weights)
+    with pytest.raises(LdmPipeError, match=r"missing text\.ln_final"):
+        OpenCLIPTextEncoder.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="this part is cut: 'apple apple"):
+        encoder.encode(["red " * 10 + "apple apple"])
+
+
+# Images, learned words
+
+
+@torch.no_grad()
+def test_clip_image_embeddings(tmp_path: Path) -> None:
+    """Own resampling is antialiased bicubic on floats, theirs rounds to bytes twice: 2 / 255 / std apart at most.
+
+    Theirs also clips between its two passes, so the values stay where nothing overshoots.
+    """
+    import numpy as np
+    from PIL import Image
+
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=12,
+    )  # fmt: skip
+    model = draw(transformers.CLIPVisionModelWithProjection(config), 0.1)
+    model.save_pretrained(tmp_path)
+    pixels = np.random.default_rng(0).integers(80, 176, (6, 9, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    expected = processor(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    encoder = CLIPImageEncoder.from_pretrained(tmp_path)
+    found = encoder.preprocess(image)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 2 / 255 / 0.26
+    torch.testing.assert_close(encoder.encode(image).pooled, model(found).image_embeds, **CLOSE)
+    for slot, shape in (("token", (1, 1, 12)), ("patches", (1, 5, 32))):
+        tokens = CLIPImageEncoder.from_pretrained(tmp_path, slot=slot).encode(image).tokens
+        assert tokens.shape == shape
+    encoder.save_pretrained(tmp_path / "ours")
+    again, info = transformers.CLIPVisionModelWithProjection.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    torch.testing.assert_close(again(found).image_embeds, model(found).image_embeds, **CLOSE)
+    assert torch.equal(encoder.null(encoder.encode(image)).pooled, torch.zeros(1, 12))
+
+
+def test_learned_words_have_the_ids_that_transformers_reads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = ClipTokenizer(TOKENIZER.vocab, TOKENIZER.merges, max_length=24)
+    tokenizer.add_token("<cat>", range(len(TOKENIZER), len(TOKENIZER) + 2))
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    text = "a <cat> red <cat>"
+    # diffusers writes the further vectors out before it tokenizes (maybe_convert_prompt)
+    expected = theirs(text.replace("<cat>", "<cat> <cat>_1"), padding="max_length", truncation=True).input_ids
+    assert tokenizer([text]).ids[0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["transformers", "open_clip"])
+def test_heavy_libraries_wait_until_they_are_needed(name: str) -> None:
+    import subprocess
+    import sys
+
+    code = f"import sys, conditioning; from conditioning import *; sys.exit({name!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with pytest.raises(LdmPipeError, match="no tokenizer can be read"):
+        LibraryTokenizer.from_pretrained(tmp_path)
