@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from ldm_pipe import samplers
 from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.schedule import Steps
 from tests.samplers import MEAN, SPREAD, even_law, even_steps, gaussian, moments, normal, spread_at, whole_steps
 
 EVERYWHERE = {"s_tmin": 0.0, "s_tmax": math.inf}
@@ -57,6 +59,28 @@ def test_a_sample_has_the_moments_that_the_recursion_gives() -> None:
         drawn = samplers.get(name)(gaussian(even_law), x, steps, noise=Noise([2]))
         assert float(drawn.mean()) == pytest.approx(mean, abs=5 * (variance / count) ** 0.5)
         assert float(drawn.var()) == pytest.approx(variance, rel=5 * (2 / count) ** 0.5)
+
+
+def test_edm_is_algorithm_2_in_its_own_frame() -> None:
+    """Where alpha = 1 it is the paper's listing (arXiv:2206.00364), line by line, on the same noise."""
+    sigma = torch.tensor([80.0, 20.0, 5.0, 1.0, 0.3, 0.02, 0.0], dtype=torch.float64)
+    steps = Steps(sigma, torch.ones(7, dtype=torch.float64), sigma, levels=lambda h: (math.exp(-h), 1.0, math.exp(-h)))
+    denoise = gaussian(lambda t: (1.0, t))
+    options = {"s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.01}
+
+    noise, x = Noise([4]), 80 * normal(1, 20)
+    for t, s in itertools.pairwise(sigma):
+        gamma = min(2.0 / 6, math.sqrt(2) - 1) if 0.1 <= t <= 50 else 0.0
+        hat = t + gamma * t
+        if gamma > 0:
+            x = x + (hat**2 - t**2).sqrt() * 1.01 * noise(x.shape)
+        d = (x - denoise(x, hat).x0) / hat
+        x_s = x + (s - hat) * d
+        if s > 0:
+            x_s = x + (s - hat) * (d / 2 + (x_s - denoise(x_s, s).x0) / (2 * s))
+        x = x_s
+    mine = samplers.edm(denoise, 80 * normal(1, 20), steps, noise=Noise([4]), **options)
+    assert torch.allclose(mine, x, atol=1e-12)
 
 
 def test_churn_adds_noise_only_within_its_range() -> None:
