@@ -103,7 +103,7 @@ def sampler_name(config: Mapping[str, Any]) -> str | None:
         case "DDPMScheduler" | "DDPMParallelScheduler" | "UnCLIPScheduler":
             return "ddpm"
         case "PNDMScheduler":
-            return "plms" if config.get("skip_prk_steps") else "pndm"
+            return "plms" if config.get("skip_prk_steps") else None  # the Runge-Kutta start is not here
         case "LCMScheduler" | "FlowMatchLCMScheduler":
             return "lcm"
         case "LMSDiscreteScheduler":

@@ -25,7 +25,6 @@ _CLASSES = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "plms": "PNDMScheduler",
-    "pndm": "PNDMScheduler",
     "lcm": "LCMScheduler",
     "lms": "LMSDiscreteScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -47,7 +46,7 @@ _FLOW_CLASSES = {
     "heun": "FlowMatchHeunDiscreteScheduler",
     "lcm": "FlowMatchEulerDiscreteScheduler",
 }
-_WITHOUT_X0 = ("plms", "pndm", "euler_ancestral", "dpm2", "dpm2_ancestral", "dpmpp_sde")
+_WITHOUT_X0 = ("plms", "euler_ancestral", "dpm2", "dpm2_ancestral", "dpmpp_sde")
 
 
 def write(
@@ -183,8 +182,8 @@ def _sampler_keys(sampler: str, threshold: dict[str, Any], *, clean: bool) -> di
             return {**threshold, **clip, "set_alpha_to_one": clean}
         case "ddpm":
             return {**threshold, **clip, "variance_type": "fixed_small"}
-        case "plms" | "pndm":
-            return {"skip_prk_steps": sampler == "plms", "set_alpha_to_one": clean}
+        case "plms":
+            return {"skip_prk_steps": True, "set_alpha_to_one": clean}
         case "lcm":
             return {**threshold, **clip, "original_inference_steps": 50, "set_alpha_to_one": True}
         case "euler":

@@ -100,7 +100,7 @@ def ramp(kind: Ramp, num_steps: int, largest: float, smallest: float, rho: float
 
 
 def open_ramp(kind: Ramp, num_steps: int, second: float, smallest: float, rho: float | None = None) -> Tensor:
-    """Return a ramp from the second largest level, its first one replaced by infinity: for laws that reach alpha = 0."""
+    """Return a ramp from the second largest level, whose first is replaced by infinity: for laws with alpha = 0."""
     levels = ramp(kind, num_steps, second, smallest, rho)
     levels[0] = math.inf
     return levels

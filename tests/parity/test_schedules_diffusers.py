@@ -24,7 +24,7 @@ from ldm_pipe.schedule_keys import KEYS
 diffusers = pytest.importorskip("diffusers")
 
 NUM_STEPS = 12
-WHOLE = {"ddim", "ddpm", "plms", "pndm", "lcm"}
+WHOLE = {"ddim", "ddpm", "plms", "lcm"}
 MULTISTEP = {"dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2s", "unipc", "deis"}
 TWICE = {"heun", "dpm2", "dpm2_ancestral", "dpmpp_sde"}  # diffusers lists every time of these twice but the first
 
@@ -86,7 +86,7 @@ def test_discrete_schedules_equal_diffusers(spacing: Any, ramp: Any) -> None:
     if diffusers.utils.is_torchsde_available():
         samplers.add("dpmpp_sde")
     if ramp is None:
-        samplers |= (WHOLE | {"euler_ancestral"}) - {"lcm", "pndm"}  # PNDM's Runge-Kutta start has times in between
+        samplers |= (WHOLE | {"euler_ancestral"}) - {"lcm"}
     for sampler in samplers:
         check(schedule, sampler)
         if sampler in ("euler", "dpmpp_2m"):
@@ -180,7 +180,7 @@ def test_the_default_file_of_every_class_is_read(class_name: str) -> None:
     law = schedule_config.read(file)
     assert law.config == file
     name = schedule_config.sampler_name(file)
-    assert name is not None
+    assert name is not None or class_name == "PNDMScheduler"  # whose Runge-Kutta start no sampler here has
     if isinstance(law, NoiseSchedule):
         alpha_bar = law.alpha(torch.arange(law.num_train_timesteps)).square()
         assert torch.allclose(alpha_bar, cls().alphas_cumprod.double(), rtol=2e-4, atol=1e-9)

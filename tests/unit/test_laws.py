@@ -233,7 +233,7 @@ def test_eps_with_a_cosine_that_stops_before_no_signal() -> None:
 
 
 DISCRETE = NoiseSchedule("linear", 1e-3, 0.03, 500, prediction="v", spacing="trailing")
-EVEN = ("ddim", "ddpm", "plms", "pndm", "euler_ancestral")
+EVEN = ("ddim", "ddpm", "plms", "euler_ancestral")
 RAMPED = ("euler", "heun", "lms", "dpm2", "dpm2_ancestral", "dpmpp_sde", "dpmpp_2m", "dpmpp_3m", "unipc")
 ZERO_SNR = ("ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc")
 WRITTEN: list[tuple[Law, str]] = [
