@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -303,3 +306,51 @@ def test_one_batch_can_be_overfitted(tmp_path: Path) -> None:
     trainer = make_trainer(config, wrap=same_batch)
     losses = [trainer.train_step()["unet/loss"] for _ in range(150)]
     assert losses[-1] < losses[0] / 10, f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+TWO_RANKS = """
+import sys, torch
+from pathlib import Path
+from ldm_pipe.training.diffusion import build_importance, diffusion_loss
+from ldm_pipe.training.loop import Micro
+from tests.training import make_config, make_data
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+schedule = {"num_train_timesteps": 3, "beta_start": 0.2, "beta_end": 0.7}
+config = make_config(Path("unused"), time_sampling="importance", schedule=schedule)
+importance, law = build_importance(config), config.schedule.build()
+net = lambda x, t, *, tokens: 0.5 * x
+loss = diffusion_loss(
+    net, make_data(), law, config, global_batch=8, device=torch.device("cpu"), importance=importance
+)
+values = []
+for step in range(12):
+    value, _ = loss(Micro(step, list(range(4 * rank, 4 * rank + 4)), range(4 * rank, 4 * rank + 4)))
+    values.append(float(value))
+torch.save({**importance.state_dict(), "values": torch.tensor(values)}, f"{sys.argv[1]}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_importance_sampling_stays_alike_in_two_processes_and_equals_one(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(TWO_RANKS)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, str(tmp_path / "ranks.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["losses"], second["losses"])
+    assert int(first["counts"].sum()) == 12 * 8
+    assert int(first["counts"].min()) > 10  # the history decides by now
+    config = make_config(
+        tmp_path, time_sampling="importance", schedule={"num_train_timesteps": 3, "beta_start": 0.2, "beta_end": 0.7}
+    )
+    importance, law = build_importance(config), config.schedule.build()
+    assert importance is not None
+    net = lambda x, t, *, tokens: 0.5 * x  # noqa: E731
+    loss = diffusion_loss(net, make_data(), law, config, global_batch=8, device=CPU, importance=importance)
+    whole = torch.tensor([float(loss(Micro(step, list(range(8)), range(8)))[0]) for step in range(12)])
+    assert torch.equal(importance.losses, first["losses"])
+    torch.testing.assert_close((first["values"] + second["values"]) / 2, whole)
