@@ -1,4 +1,4 @@
-"""Our AutoencoderKL against diffusers' on tiny random weights, and keys at full size on the meta device."""
+"""Our AutoencoderKL and VQModel against diffusers' on tiny random weights, and keys at full size on the meta device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from autoencoder import AutoencoderKL
+from autoencoder import AutoencoderKL, VQModel, quantiser_loss
 
 diffusers = pytest.importorskip("diffusers")
 
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "data" / "full_size_configs.json").read_text())
-VAES = sorted(name for name, facts in FULL_SIZE.items() if name.endswith("/vae"))
+VAES = sorted(name for name, facts in FULL_SIZE.items() if name.endswith(("/vae", "/vqvae")))
 
 # Two fp32 implementations of one sum differ by the order of additions; values are of order 1.
 TOLERANCE = 1e-5
@@ -101,7 +101,8 @@ def test_gradients_agree_with_diffusers() -> None:
 def test_keys_and_shapes_at_full_size(name: str) -> None:
     facts = FULL_SIZE[name]
     with torch.device("meta"):
-        model = AutoencoderKL.from_config(facts["config"])
+        kind = VQModel if facts["_class_name"] == "VQModel" else AutoencoderKL
+        model = kind.from_config(facts["config"])
     state = model.state_dict()
     lines = "\n".join(sorted(f"{key} {list(value.shape)}" for key, value in state.items()))
     assert len(state) == facts["tensors"]
@@ -163,3 +164,112 @@ def test_pipelines_that_ignore_the_shift_agree_after_folding() -> None:
     # Rounding of the folded float32 weights, at latents of order 1.
     torch.testing.assert_close(theirs.encode(image).latent_dist.mean * scale, wanted_z, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(theirs.decode(z / scale).sample, wanted_image, atol=1e-5, rtol=1e-5)
+
+
+# -- VQModel -------------------------------------------------------------------------------------------------------
+
+TINY_VQ = {**TINY, "latent_channels": 3, "num_vq_embeddings": 24, "scaling_factor": 0.7}
+VQ_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "three levels, two blocks": VARIANTS["three levels, two blocks"],
+    "no attention": {"mid_block_add_attention": False},
+    "codes of another width": {"vq_embed_dim": 5, "latent_channels": 8},
+    "grey": {"in_channels": 1, "out_channels": 1},
+}
+
+
+def reference_vq(config: dict[str, Any]) -> Any:
+    """Build diffusers' VQModel with codes as far apart as the latents are."""
+    torch.manual_seed(0)
+    model = diffusers.VQModel(**config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 0.5)
+        weight = model.quantize.embedding.weight
+        latents = model.encode(randn(1, config.get("in_channels", 3), 24, 32)).latents
+        spread = latents.movedim(1, -1).flatten(0, 2)
+        weight.copy_(spread.mean(0) + spread.std(0) * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("variant", VQ_VARIANTS)
+@torch.no_grad()
+def test_vq_forward_agrees_with_diffusers(variant: str) -> None:
+    config = {**TINY_VQ, **VQ_VARIANTS[variant]}
+    theirs, ours = reference_vq(config), VQModel.from_config(config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    image, scale = randn(2, config.get("in_channels", 3), 24, 32), theirs.config.scaling_factor
+    latents = theirs.encode(image).latents
+    torch.testing.assert_close(ours.encode(image), latents * scale, atol=TOLERANCE, rtol=TOLERANCE)
+    z = latents * scale
+    decoded = theirs.decode(z / scale)
+    _, _, (_, _, indices) = theirs.quantize(z / scale)
+    assert torch.equal(ours.quantise(z).indices.flatten(), indices)
+    assert len(indices.unique()) > 5
+    torch.testing.assert_close(
+        ours.decode(z), decoded.sample, atol=TOLERANCE * float(decoded.sample.abs().max()), rtol=0
+    )
+    # Both networks in a row, and a sum that rounds: z + (codes - z).
+    there_and_back, tolerance = theirs(image).sample, 3 * TOLERANCE * float(decoded.sample.abs().max())
+    torch.testing.assert_close(ours(image)[0], there_and_back, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_vq_loss_and_gradients_agree_with_diffusers(legacy: bool) -> None:
+    theirs = reference_vq(TINY_VQ)
+    theirs.quantize.legacy = legacy
+    ours = VQModel.from_config(TINY_VQ)
+    ours.load_state_dict(theirs.state_dict())
+    image = randn(2, 3, 16, 16)
+    reconstruction, quantised = ours(image)
+    loss = quantiser_loss(quantised, beta=0.25, legacy=legacy)
+    expected = theirs.train()(image)
+    torch.testing.assert_close(loss, expected.commit_loss, atol=0, rtol=TOLERANCE)
+    (reconstruction.square().mean() + loss).backward()
+    (expected.sample.square().mean() + expected.commit_loss).backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        gradient = wanted[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, atol=TOLERANCE * (1 + float(gradient.abs().max())), rtol=0)
+
+
+def test_vq_config_fields_are_those_of_diffusers_and_the_scale_is_not() -> None:
+    plain = {key: value for key, value in TINY_VQ.items() if key != "scaling_factor"}
+    theirs = {key: value for key, value in diffusers.VQModel(**plain).config.items() if not key.startswith("_")}
+    theirs = {key: list(value) if isinstance(value, tuple) else value for key, value in theirs.items()}
+    assert dict(VQModel.from_config(plain).config) == {**theirs, "scaling_factor": 1.0}
+    assert theirs["scaling_factor"] == 0.18215  # garbage for VQ models without the field (diffusers#5166)
+
+
+@torch.no_grad()
+def test_diffusers_loads_the_vq_model_we_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = VQModel.from_config(TINY_VQ).eval()
+    ours.load_state_dict(reference_vq(TINY_VQ).state_dict())
+    ours.set_latent_statistics([0.5, -0.5, 0.25], [2.0, 1.0, 1.0])
+    ours.save_pretrained(tmp_path)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        theirs, info = diffusers.VQModel.from_pretrained(
+            str(tmp_path), output_loading_info=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not any(info.values()), info
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert theirs.config.scaling_factor == pytest.approx(2.0**-0.5)
+    z = ours.encode(randn(1, 3, 16, 16))
+    decoded = theirs.decode(z / theirs.config.scaling_factor).sample
+    torch.testing.assert_close(ours.decode(z), decoded, atol=TOLERANCE * float(decoded.abs().max()), rtol=0)
+
+
+@torch.no_grad()
+def test_we_load_the_vq_model_diffusers_saves(tmp_path: Path) -> None:
+    theirs = reference_vq(TINY_VQ)
+    theirs.save_pretrained(tmp_path)
+    ours, z = VQModel.from_pretrained(tmp_path), randn(1, 3, 8, 8)
+    expected = theirs.decode(z / 0.7).sample
+    torch.testing.assert_close(ours.decode(z), expected, atol=TOLERANCE * float(expected.abs().max()), rtol=0)
