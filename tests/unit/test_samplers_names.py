@@ -39,7 +39,13 @@ def test_every_name_finds_the_function_of_that_name(name: str) -> None:
         ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde"),
         ("DPM++ 3M SDE", "dpmpp_3m_sde"),
         ("LMS Karras", "lms"),
+        ("UniPC", "unipc"),
         # diffusers
+        ("PNDMScheduler", "plms"),
+        ("UniPCMultistepScheduler", "unipc"),
+        ("DEISMultistepScheduler", "deis"),
+        ("LCMScheduler", "lcm"),
+        ("ScoreSdeVeScheduler", "predictor_corrector"),
         ("DDPMScheduler", "ddpm"),
         ("EulerDiscreteScheduler", "euler"),
         ("EulerAncestralDiscreteScheduler", "euler_ancestral"),
