@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder
 from conditioning import CLIPTextEncoder, Condition
 from ldm_pipe import drawing
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
@@ -47,7 +47,7 @@ class LatentDiffusionPipeline:
     def __init__(
         self,
         unet: UNet,
-        autoencoder: AutoencoderKL,
+        autoencoder: Autoencoder,
         text_encoders: Sequence[CLIPTextEncoder],
         schedule: NoiseSchedule,
         *,

@@ -6,6 +6,8 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from autoencoder import VQModel
+
 if TYPE_CHECKING:
     from ldm_pipe.interop.folder import Parts
 
@@ -29,6 +31,7 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
     }
     sizes = [f"- {part}: {sum(p.numel() for p in net.parameters()):,} parameters" for part, net in counts.items()]
     vae = parts.autoencoder
+    theirs = "LDMTextToImagePipeline" if isinstance(vae, VQModel) else "StableDiffusionPipeline"
     defaults = [f"- {key}: {_safe(value)}" for key, value in parts.defaults.to_json().items()]
     return "\n".join(
         [
@@ -42,7 +45,7 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
             "",
             "## Use",
             "```python",
-            "from ldm_pipe import LatentDiffusionPipeline  # or: from diffusers import StableDiffusionPipeline",
+            f"from ldm_pipe import LatentDiffusionPipeline  # or: from diffusers import {theirs}",
             "",
             'pipe = LatentDiffusionPipeline.from_pretrained("this folder")',
             'pipe("a prompt", seed=0).images[0].save("picture.png")',

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from autoencoder import VQModel
 from ldm_pipe import samplers
 from ldm_pipe.interop.folder import find_folder, foldable, load_parts
 from ldm_pipe.interop.save import save_pipeline
@@ -25,6 +26,7 @@ from ldm_pipe.pretrained import LdmPipeError
 
 TOLERANCE = 1e-3  # largest difference of two pictures in [0, 1]; both compute in float32, whatever the files hold
 CHECK_PROMPT = "red apple"
+LDM_LENGTH = 77  # tokens; written out in diffusers' LDMTextToImagePipeline
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     if pipe.unet.config.out_channels != pipe.autoencoder.latent_channels:
         what = f"the U-Net gives {pipe.unet.config.out_channels} channels: it learnt the variance of the steps"
         raise LdmPipeError(what, where, "diffusers' StableDiffusionPipeline has no use for it; draw with ldm-pipe.")
+    if isinstance(pipe.autoencoder, VQModel):
+        _check_ldm(pipe, sampler)
     foldable(pipe.autoencoder)
     pipe.schedule.to_config(sampler)
     defaults, notes = pipe.defaults, []
@@ -76,6 +80,19 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
             f"The spacing {defaults.spacing!r} is a default of ours; the folder says {pipe.schedule.spacing!r}."
         )
     return tuple(notes)
+
+
+def _check_ldm(pipe: LatentDiffusionPipeline, sampler: str) -> None:
+    """Refuse what an LDMTextToImagePipeline, the one of diffusers that draws from prompts with a VQModel, cannot do."""
+    where = "export to diffusers with a VQ autoencoder"
+    length = pipe.text_encoders[0].config.get("max_position_embeddings")
+    if length != LDM_LENGTH:
+        fix = f"diffusers pads prompts to {LDM_LENGTH} tokens there; train with a text encoder of that length."
+        raise LdmPipeError(f"the text encoder reads {length} tokens", where, fix)
+    if pipe.unet.config.in_channels != pipe.autoencoder.latent_channels:
+        raise LdmPipeError("an inpainting U-Net", where, "diffusers has no such pipeline.")
+    if samplers.get(sampler).grid == "fractional":
+        raise LdmPipeError(f"sampler {sampler!r}", where, "diffusers scales no latents there: use ddim or dpmpp_2m.")
 
 
 def export_diffusers(
@@ -147,10 +164,12 @@ def compare_with_diffusers(
         ) from None
     ours = LatentDiffusionPipeline.from_pretrained(folder, variant=variant)
     ours.set_progress_bar_config(disable=True)
+    is_ldm = isinstance(ours.autoencoder, VQModel)
     with _listening() as said:
         try:
             load = diffusers.DiffusionPipeline.from_pretrained
-            theirs = load(str(folder), variant=variant, local_files_only=True, safety_checker=None)
+            options = {} if is_ldm else {"safety_checker": None}
+            theirs = load(str(folder), variant=variant, local_files_only=True, **options)
         except Exception as error:  # whatever diffusers raises, the export is not good
             raise LdmPipeError(f"diffusers cannot load it: {error}", str(folder)) from error
     theirs.set_progress_bar_config(disable=True)
@@ -176,6 +195,8 @@ def compare_with_diffusers(
         call |= {"image": torch.zeros(1, 3, height, width) + 0.5, "mask_image": torch.ones(1, 1, height, width)}
     settings: dict[str, Any] = {"spacing": ours.schedule.spacing, "thresholding": "none", "guidance_rescale": 0.0}
     mine = ours(**call, **settings, generator=torch.Generator().manual_seed(1)).images
+    if is_ldm:  # it divides the size by 8 whatever the factor is
+        call |= {"height": 8 * shape[2], "width": 8 * shape[3]}
     other = theirs(**call, generator=torch.Generator().manual_seed(1)).images
     return float((mine.float() - other.float()).abs().max()), tuple(dict.fromkeys(said))
 

@@ -3,7 +3,8 @@
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  ldm_pipe.json  README.md
 
 diffusers reads such a folder as a StableDiffusionPipeline and ignores `ldm_pipe.json`, which keeps what diffusers has
-no place for. Class names are looked up in the fixed lists below; nothing in a folder can name code to run.
+no place for. With a VQ autoencoder it is an LDMTextToImagePipeline, and two parts are called `vqvae/` and `bert/`.
+Class names are looked up in the fixed lists below; nothing in a folder can name code to run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from autoencoder import AutoencoderKL
+from autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
 from conditioning import CLIPTextEncoder
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json, resolve_folder
@@ -32,10 +33,12 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
 FORMAT_VERSION = 1
 OWN_FILE = "ldm_pipe.json"
 RUN_PIPELINE = "pipeline"  # the folder inside a training run
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+LDM = "LDMTextToImagePipeline"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", LDM)
+LDM_NAMES = {"vae": "vqvae", "text_encoder": "bert"}  # what this pipeline calls our parts
 PARTS = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "VQModel"),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
@@ -46,7 +49,10 @@ SAMPLERS = {
     "EulerDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS = {
+    **dict.fromkeys(("unet", "vae", "vqvae"), "diffusion_pytorch_model"),
+    **dict.fromkeys(("text_encoder", "bert"), "model"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Parts:
     """What a folder holds, loaded."""
 
     unet: UNet
-    autoencoder: AutoencoderKL
+    autoencoder: Autoencoder
     text_encoders: tuple[CLIPTextEncoder, ...]
     schedule: NoiseSchedule
     defaults: Defaults
@@ -101,6 +107,8 @@ def check_index(root: Path) -> Mapping[str, Any]:
     if not isinstance(index, dict) or index.get("_class_name") not in PIPELINES:
         found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
         raise LdmPipeError(f"the folder holds a {found!r:.80}", where, f"Known are {', '.join(PIPELINES)}.")
+    ours = {name: part for part, name in part_names(index).items()}
+    index = {ours.get(name, name): value for name, value in index.items()}
     for part, value in index.items():
         if part.startswith("_") or part in IGNORED:
             continue
@@ -115,6 +123,11 @@ def check_index(root: Path) -> Mapping[str, Any]:
     if missing:
         raise LdmPipeError(f"the model lacks {missing}", where, "Fetch or export the folder anew.")
     return index
+
+
+def part_names(index: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the pipeline of an index calls the parts that have another name there."""
+    return LDM_NAMES if index.get("_class_name") == LDM else {}
 
 
 def read_own(root: Path) -> dict[str, Any]:
@@ -137,7 +150,8 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
 
     Raises: LdmPipeError naming file and cause.
     """
-    check_index(root)
+    names = part_names(check_index(root))
+    vae, text = (root / names.get(part, part) for part in ("vae", "text_encoder"))
     own = read_own(root)
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
     if not isinstance(scheduler, dict):
@@ -149,10 +163,10 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
     with _config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", **common)
         unet.to(memory_format=torch.channels_last)  # convolutions over such weights are faster, but for training
-    with _config_errors(root / "vae"):
-        autoencoder = AutoencoderKL.from_pretrained(root / "vae", **common)
-    with _config_errors(root / "text_encoder"):
-        text_encoder = CLIPTextEncoder.from_pretrained(root / "text_encoder", tokenizer=root / "tokenizer", **common)
+    with _config_errors(vae):
+        autoencoder = load_autoencoder(vae, **common)
+    with _config_errors(text):
+        text_encoder = CLIPTextEncoder.from_pretrained(text, tokenizer=root / "tokenizer", **common)
     parts = Parts(
         unet=unet,
         autoencoder=autoencoder,
@@ -203,13 +217,15 @@ def check_fit(parts: Parts, where: str = "pipeline") -> None:
             raise LdmPipeError(what, where, "Use the tokenizer that the text encoder was trained with.")
 
 
-def foldable(autoencoder: AutoencoderKL) -> AutoencoderKL:
+def foldable(autoencoder: Autoencoder) -> Autoencoder:
     """Return the autoencoder in the form diffusers' pipeline reads: a latent shift folded into its 1x1 convolutions.
 
     Raises: LdmPipeError if there are no convolutions to fold it into.
     """
     config = autoencoder.config
-    if not (config.get("shift_factor") or config.get("latents_mean") or config.get("latents_std")):
+    if not isinstance(autoencoder, AutoencoderKL) or not (
+        config.get("shift_factor") or config.get("latents_mean") or config.get("latents_std")
+    ):
         return autoencoder
     folded = copy.deepcopy(autoencoder)
     folded.fold_latent_shift()
@@ -239,6 +255,8 @@ def write_folder(
         )
     text_encoder, tokenizer = parts.text_encoders[0], parts.text_encoders[0].tokenizer
     scheduler = parts.schedule.to_config(sampler)
+    index = _index(parts, str(scheduler["_class_name"]))
+    vae, text = (part_names(index).get(part, part) for part in ("vae", "text_encoder"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -248,12 +266,12 @@ def write_folder(
         ) from error
     try:
         parts.unet.save_pretrained(staging / "unet", variant=variant, dtype=dtype)
-        foldable(parts.autoencoder).save_pretrained(staging / "vae", variant=variant, dtype=dtype)
-        text_encoder.save_pretrained(staging / "text_encoder", variant=variant, dtype=dtype)
-        _state_dtype(staging / "text_encoder" / "config.json")
+        foldable(parts.autoencoder).save_pretrained(staging / vae, variant=variant, dtype=dtype)
+        text_encoder.save_pretrained(staging / text, variant=variant, dtype=dtype)
+        _state_dtype(staging / text / "config.json")
         tokenizer.save_pretrained(staging / "tokenizer")
         atomic_write(staging / "scheduler" / "scheduler_config.json", _json(scheduler))
-        atomic_write(staging / "model_index.json", _json(_index(parts, str(scheduler["_class_name"]))))
+        atomic_write(staging / "model_index.json", _json(index))
         atomic_write(staging / "README.md", card)
         own = {"format_version": FORMAT_VERSION, **own}
         atomic_write(staging / OWN_FILE, _json(own))
@@ -299,17 +317,23 @@ def _move_over(staging: Path, target: Path) -> None:
 
 
 def _index(parts: Parts, scheduler: str) -> dict[str, Any]:
+    shared = {
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", scheduler],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
+    if isinstance(parts.autoencoder, VQModel):
+        ldm = {"bert": ["transformers", "CLIPTextModel"], "vqvae": ["diffusers", "VQModel"]}
+        return {"_class_name": LDM, **shared, **ldm}
     inpainting = parts.unet.config.in_channels != parts.autoencoder.latent_channels
     return {
         "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
-        "_diffusers_version": "0.38.0",
+        **shared,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
