@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ldm_pipe import law_file
 from ldm_pipe.betas import WITHOUT_ENDS, make_betas
 from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow, ResolutionShift
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError
@@ -57,6 +58,8 @@ def read(config: Mapping[str, Any]) -> Law:
     Raises: LdmPipeError naming a key that is missing, a value that is not known, or a class that has no law here.
     """
     class_name = config.get("_class_name")
+    if class_name == law_file.CLASS_NAME:
+        return law_file.read(config)
     if class_name is not None and class_name not in KEYS:
         advice = f"save the model with one of {', '.join(KEYS)}"
         raise LdmPipeError(f"scheduler class {class_name!r} is not known", WHERE, advice)

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +25,10 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
 from conditioning import CLIPTextEncoder
+from ldm_pipe import law_file, schedule_config
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json, resolve_folder
-from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.schedule import Law
 from ldm_pipe.unet import UNet
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
@@ -62,7 +64,7 @@ class Parts:
     unet: UNet
     autoencoder: Autoencoder
     text_encoders: tuple[CLIPTextEncoder, ...]
-    schedule: NoiseSchedule
+    schedule: Law
     defaults: Defaults
     golden: Any = None
     name: str = ""
@@ -171,7 +173,7 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
         unet=unet,
         autoencoder=autoencoder,
         text_encoders=(text_encoder,),
-        schedule=NoiseSchedule.from_config(scheduler),
+        schedule=schedule_config.read(scheduler),
         defaults=defaults,
         golden=own.get("golden_sample"),
         name=str(own.get("name") or root.resolve().name)[:200],
@@ -254,7 +256,7 @@ def write_folder(
             f"{len(parts.text_encoders)} text encoders", str(target), "The folder holds one, with its tokenizer."
         )
     text_encoder, tokenizer = parts.text_encoders[0], parts.text_encoders[0].tokenizer
-    scheduler = parts.schedule.to_config(sampler)
+    scheduler = _scheduler(parts.schedule, sampler)
     index = _index(parts, str(scheduler["_class_name"]))
     vae, text = (part_names(index).get(part, part) for part in ("vae", "text_encoder"))
     try:
@@ -284,6 +286,15 @@ def write_folder(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _scheduler(law: Law, sampler: str) -> dict[str, Any]:
+    """Return diffusers' scheduler config where diffusers has what the law needs, else one of our own."""
+    try:
+        return law.to_config(sampler)
+    except LdmPipeError as error:
+        warnings.warn(f"diffusers cannot read this model: {error.what}", stacklevel=2)
+        return law_file.write(law)
 
 
 def _state_dtype(path: Path) -> None:
