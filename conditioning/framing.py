@@ -76,8 +76,9 @@ class FramedTokenizer:
         Raises: LdmPipeError for anything but a non-empty sequence of well-formed strings.
         """
         length = max_length or self.max_length
-        if length is None or length < 2:
-            raise LdmPipeError(f"max_length {length}: at least 2 are needed", "tokenizer", "Pass max_length.")
+        least = max(self.num_special, 1)
+        if length is None or length < least:
+            raise LdmPipeError(f"max_length {length}: at least {least} are needed", "tokenizer", "Pass max_length.")
         check_prompts(prompts)
         room = length - self.num_special
         found = [self.pieces(prompt) for prompt in prompts]

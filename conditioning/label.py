@@ -1,20 +1,59 @@
 """Class labels -> Condition, with a learned "no class".
 
-What enters: class numbers. What leaves: a token, a vector or the number itself. This file knows no names of classes.
+What enters: class numbers, or names of classes. What leaves: a token, a vector or the number itself.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from conditioning.condition import Condition
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
+from conditioning.framing import FramedTokenizer, Pieces
+from conditioning.text import Reading, encode_prompts
+from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, atomic_write
 
 LabelSlot = Literal["tokens", "pooled", "labels"]
+
+
+class ClassNames(FramedTokenizer):
+    """A tokenizer whose words are whole class names; the empty text is no class.
+
+    Args:
+        names: of class 0, 1, 2, ...
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Number the names."""
+        self.names = list(names)
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        self.start_ids, self.end_ids, self.pad_id, self.max_length = (), (), len(self.names), 1
+
+    def __len__(self) -> int:
+        """Return the number of classes, the null included."""
+        return len(self.names) + 1
+
+    def pieces(self, text: str) -> Pieces:
+        """Look a name up.
+
+        Raises: LdmPipeError naming the classes that are spelled alike.
+        """
+        if not text.strip():
+            return Pieces([], lambda _: "")
+        if text not in self._numbers:
+            near = difflib.get_close_matches(text, self.names, n=3) or self.names[:3]
+            raise LdmPipeError(f"there is no class {text!r:.80}", "LabelEncoder", f"Known are {near} and others.")
+        return Pieces([self._numbers[text]], lambda _: "")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the names; the encoder's config holds them too."""
+        atomic_write(Path(folder) / "classes.json", json.dumps(self.names, ensure_ascii=False, indent=1) + "\n")
 
 
 class LabelEncoder(PretrainedModule):
@@ -22,8 +61,11 @@ class LabelEncoder(PretrainedModule):
 
     Args:
         config: `num_classes`; `width` of the embedding; `slot`: "tokens" (one token, as LDM's ImageNet model reads it),
-            "pooled" (a vector) or "labels" (the number, for a U-Net with a table of num_classes + 1 rows of its own).
+            "pooled" (a vector) or "labels" (the number, for a U-Net with a table of num_classes + 1 rows of its own);
+            `classes`: their names, where prompts are class names.
     """
+
+    max_length = 1
 
     weights_name = "model"
     class_name = "LabelEncoder"
@@ -39,7 +81,13 @@ class LabelEncoder(PretrainedModule):
                 raise LdmPipeError(
                     f"{name} is {value!r}, expected a whole number of at least 1", "label encoder config"
                 )
-        self.config = FrozenConfig({**config, "slot": slot})
+        names = config.get("classes")
+        if names is not None and (len(names) != num or len(set(names)) != num):
+            what = f"{len(set(names))} different names for {num} classes"
+            raise LdmPipeError(what, "label encoder config", "Give one name per class.")
+        self.tokenizer = None if names is None else ClassNames(names)
+        self.reading = Reading()
+        self.config = FrozenConfig({**config, "slot": slot, "hidden_size": width, "vocab_size": num + 1})
         self.class_embedding = nn.Embedding(self.config.num_classes + 1, self.config.width)
         nn.init.normal_(self.class_embedding.weight, std=0.02)
 
@@ -60,11 +108,19 @@ class LabelEncoder(PretrainedModule):
         vectors = self.class_embedding(labels)  # (B, D)
         return Condition(pooled=vectors) if self.config.slot == "pooled" else Condition(tokens=vectors[:, None])
 
-    def encode(self, labels: Sequence[int | None] | Tensor) -> Condition:
-        """Encode B class numbers; None is no class.
+    def encode_ids(self, ids: Tensor, mask: Tensor, *, clip_skip: int | None = None) -> Condition:
+        """Encode rows of one class number each, (B, 1); the mask says nothing here."""
+        if clip_skip or mask.shape != ids.shape:
+            raise LdmPipeError(f"clip_skip {clip_skip}: a table has no layers", "LabelEncoder", "Leave clip_skip out.")
+        return self(ids[:, 0].to(self.device))
 
-        Raises: LdmPipeError naming the label that is out of range.
+    def encode(self, labels: Sequence[int | str | None] | Tensor, *, clip_skip: int | None = None) -> Condition:
+        """Encode B class numbers or names; None and "" are no class.
+
+        Raises: LdmPipeError naming the label that is out of range or the name that is not known.
         """
+        if not isinstance(labels, Tensor) and any(isinstance(label, str) for label in labels):
+            return encode_prompts(self, ["" if label is None else label for label in labels], clip_skip)  # type: ignore[misc]
         rows = labels.tolist() if isinstance(labels, Tensor) else list(labels)
         found = [self.null if label is None else label for label in rows]
         for position, label in enumerate(found):

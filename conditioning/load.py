@@ -11,22 +11,25 @@ from pathlib import Path
 import torch
 
 from conditioning.clip import CLIPTextEncoder
+from conditioning.label import LabelEncoder
 from conditioning.openclip import THEIR_CONFIG, OpenCLIPTextEncoder
 from conditioning.t5 import CLASSES, T5TextEncoder
 from conditioning.transformer import TransformerTextEncoder
 from ldm_pipe.pretrained import LdmPipeError, read_json
 
-AnyTextEncoder = CLIPTextEncoder | OpenCLIPTextEncoder | T5TextEncoder | TransformerTextEncoder
+AnyTextEncoder = CLIPTextEncoder | OpenCLIPTextEncoder | T5TextEncoder | TransformerTextEncoder | LabelEncoder
 
 
 def load_text_encoder(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> AnyTextEncoder:
-    """Load a component folder with whichever encoder wrote it.
+    """Load a component folder, or the `text_encoder` of a larger one, with whichever encoder wrote it.
 
     Raises: LdmPipeError for a kind that is not known, and as the encoders do.
     """
     root = Path(folder)
+    if not (root / "config.json").is_file() and (root / "text_encoder").is_dir():
+        root = root / "text_encoder"
     if (root / THEIR_CONFIG).is_file():
         return OpenCLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
     config = read_json(root / "config.json")
@@ -38,7 +41,9 @@ def load_text_encoder(
             return TransformerTextEncoder.from_pretrained(root, dtype=dtype, device=device)
         case OpenCLIPTextEncoder.class_name:
             return OpenCLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+        case LabelEncoder.class_name:
+            return LabelEncoder.from_pretrained(root, dtype=dtype, device=device)
         case _ if kind in CLASSES:
             return T5TextEncoder.from_pretrained(root, dtype=dtype, device=device)
-    known = ["clip_text_model", "ldmbert", OpenCLIPTextEncoder.class_name, *CLASSES]
+    known = ["clip_text_model", "ldmbert", OpenCLIPTextEncoder.class_name, LabelEncoder.class_name, *CLASSES]
     raise LdmPipeError(f"the text encoder is a {kind!r:.80}", str(root), f"Known: {', '.join(known)}.")

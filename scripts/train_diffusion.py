@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
-from conditioning import CLIPTextEncoder
+from conditioning.load import AnyTextEncoder, load_text_encoder
 from ldm_pipe.data.cache import LatentCache, TextCache, caption_variants, module_hash
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.data.dataset import Records
@@ -30,6 +30,7 @@ from ldm_pipe.training.diffusion import (
     diffusion_loss,
 )
 from ldm_pipe.training.environment import process_device
+from ldm_pipe.training.joint import JointNet, token_ids
 from ldm_pipe.training.loop import Part, Trainer
 from ldm_pipe.training.pictures import drawing_weights, open_records
 from ldm_pipe.training.rng import generator
@@ -51,7 +52,7 @@ def build_unet(config: DiffusionConfig, autoencoder: Autoencoder, token_width: i
 
 @torch.no_grad()
 def cache_inputs(
-    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, text_encoder: CLIPTextEncoder
+    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, text_encoder: AnyTextEncoder
 ) -> DiffusionData:
     """Compute, or find, the latents of every picture and the embeddings of every caption variant."""
     with tqdm(total=len(records), desc="latents") as bar:
@@ -64,15 +65,23 @@ def cache_inputs(
         records.captions, records.keywords, config.num_caption_variants, config.seed, mix_caption
     )
     texts = list(dict.fromkeys(text for row in variants for text in row if text))
+    scale, shift = autoencoder.scaling_factor, autoencoder.shift_factor
+    mean = (latents.mean - shift) * scale
+    std = torch.exp(0.5 * latents.log_var) * scale
+    if config.train_text_encoder:
+        rows = {text: row for row, text in enumerate(texts)}
+        table = torch.tensor([[rows.get(text, len(texts)) for text in row] for row in variants])
+        ids, mask = token_ids(text_encoder, [*texts, ""])
+        return DiffusionData(mean, std, ids, table, token_mask=mask)
     with tqdm(total=len(texts) + 1, desc="captions") as bar:
         embeddings = TextCache.build(
             config.cache_dir, [*texts, ""], text_encoder.encode, encoder_hash=module_hash(text_encoder),
             dtype=torch.float16, progress=lambda done, _: bar.update(done - bar.n) and None,
         )  # fmt: skip
-    scale, shift = autoencoder.scaling_factor, autoencoder.shift_factor
-    mean = (latents.mean - shift) * scale
-    std = torch.exp(0.5 * latents.log_var) * scale
-    return DiffusionData(mean, std, embeddings.tokens, embeddings.table(variants))
+    return DiffusionData(
+        mean, std, embeddings.tokens, embeddings.table(variants),
+        token_mask=embeddings.token_mask, pooled=embeddings.pooled,
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -81,11 +90,12 @@ def main(argv: list[str]) -> None:
     records = open_records(config.data)
     device = process_device()
     autoencoder = load_autoencoder(config.autoencoder, device=device).requires_grad_(False)
-    text_encoder = CLIPTextEncoder.from_pretrained(config.text_encoder, device=device).requires_grad_(False)
+    text_encoder = load_text_encoder(config.text_encoder, device=device).requires_grad_(False)
     schedule = config.schedule.build()
     build_objective(config, schedule)  # refuses senseless settings before the work of caching
     data = cache_inputs(config, records, autoencoder, text_encoder)
-    unet = build_unet(config, autoencoder, data.tokens.shape[-1]).to(device)
+    unet = build_unet(config, autoencoder, text_encoder.config.hidden_size).to(device)
+    net = JointNet(unet, text_encoder) if config.train_text_encoder else unet
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     sampler, spacing = ("ddim", "leading") if config.schedule.kind == "discrete" else ("euler", None)
@@ -108,7 +118,7 @@ def main(argv: list[str]) -> None:
         make_grid(images, columns=8, labels=prompts).save(path)
 
     importance = build_importance(config)
-    part = Part("unet", unet, lambda micro: loss(micro), config.optim, config.ema_decay if config.use_ema else None)
+    part = Part("unet", net, lambda micro: loss(micro), config.optim, config.ema_decay if config.use_ema else None)
     trainer = Trainer(
         config, [part], num_items=len(records), weights=drawing_weights(records, config.data),
         fingerprint=records.fingerprint, validate=validate,

@@ -98,6 +98,7 @@ class DiffusionConfig(TrainConfig):
 
     autoencoder: str = Field("runs/emoji/autoencoder/vae", description="folder of the trained autoencoder")
     text_encoder: str = Field("runs/emoji/clip", description="folder holding text_encoder/ and tokenizer/")
+    train_text_encoder: bool = Field(False, description="train it jointly with the U-Net; false: frozen and cached")
     cache_dir: str = Field("runs/cache", description="latents and text embeddings are computed once and kept here")
     unet: UNetConfig = UNetConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -133,14 +134,24 @@ class DiffusionData:
 
     Args:
         mean, std: normalised latent posterior of each row, (N, C, h, w) each.
-        tokens: embeddings of all distinct texts, (V, L, D); the last row is the empty prompt.
+        tokens: embeddings of all distinct texts, (V, L, D), or token ids (V, L) that the network encodes by itself; the
+            last row is the empty prompt.
         caption_rows: rows of `tokens` that describe picture i, (N, K) int64.
+        token_mask, pooled: of all distinct texts, (V, L) and (V, P), where the text encoder gives them.
     """
 
     mean: Tensor
     std: Tensor
     tokens: Tensor
     caption_rows: Tensor
+    token_mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def condition(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """Return the slots of some texts."""
+        slots = {"tokens": self.tokens, "token_mask": self.token_mask, "pooled": self.pooled}
+        taken = {name: value[rows].to(device) for name, value in slots.items() if value is not None}
+        return {name: value.float() if value.is_floating_point() else value for name, value in taken.items()}
 
 
 def build_objective(config: DiffusionConfig, law: Law) -> Objective:
@@ -229,7 +240,6 @@ def diffusion_loss(
         variant = (draws[:, 0] * data.caption_rows.shape[1]).long()
         text_rows = data.caption_rows[rows, variant]
         text_rows = torch.where(draws[:, 1] < config.caption_dropout, null_row, text_rows)
-        tokens = data.tokens[text_rows].float().to(device)  # (B, L, D)
         x0 = (data.mean[rows] + data.std[rows] * normal("posterior", micro)).to(device)
         eps = normal("noise", micro).to(device)
         if config.noise_offset:
@@ -242,7 +252,7 @@ def diffusion_loss(
             mixed = objectives.perturb_input(eps, normal("perturbation", micro).to(device), config.input_perturbation)
         x_t = q_sample(x0, mixed, alpha, sigma)
         shown, time = network_input(schedule, schedule.prediction, x_t, t)
-        output = net(shown, time.to(device, torch.float32), tokens=tokens)
+        output = net(shown, time.to(device, torch.float32), **data.condition(text_rows, device))
         losses = objectives.losses(objective, schedule, output, x0, eps, x_t, t)
         if importance is not None and weight is not None:
             importance.update(of_all_processes(t, device), of_all_processes(losses.detach().float(), device))

@@ -232,6 +232,18 @@ def test_labels_and_their_learned_null(slot: str, tmp_path: Path) -> None:
     assert torch.equal(dropped.slots()[slot][0], found.slots()[slot][1])
 
 
+def test_prompts_may_be_names_of_classes(tmp_path: Path) -> None:
+    encoder = LabelEncoder({"num_classes": 3, "width": 8, "classes": ["red apple", "cat", "dog"]})
+    assert torch.equal(encoder.encode(["cat", "", "red apple"]).tokens, encoder.encode([1, None, 0]).tokens)
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    loaded = load_text_encoder(tmp_path)
+    assert torch.equal(loaded.encode(["dog"]).tokens, encoder.encode([2]).tokens)
+    with pytest.raises(LdmPipeError, match=r"no class 'red aple'.*red apple"):
+        encoder.encode(["red aple"])
+    with pytest.raises(LdmPipeError, match="2 different names for 3 classes"):
+        LabelEncoder({"num_classes": 3, "width": 8, "classes": ["a", "b", "b"]})
+
+
 @pytest.mark.parametrize(("labels", "message"), [([5.0], "5.0"), ([6], "label 0 is 6"), ([0, -1], "label 1 is -1")])
 def test_labels_out_of_range_are_named(labels: list[Any], message: str) -> None:
     with pytest.raises(LdmPipeError, match=message):
