@@ -62,8 +62,8 @@ def test_it_is_not_exported_to_a_pipeline_that_would_misread_it(folder: Path) ->
         check_representable(LatentDiffusionPipeline.from_pretrained(folder), "ddim")
 
 
-def test_two_steps_of_l_hybrid_give_a_pipeline_that_draws_with_its_variance(tmp_path: Path) -> None:
-    """The training script with its own flags: twice the output channels, importance sampling, another noise law."""
+def train(folder: Path, **changes: object) -> Path:
+    """Run the training script for two steps on three drawings and return the run's folder."""
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     pytest.importorskip("accelerate")
@@ -74,7 +74,7 @@ def test_two_steps_of_l_hybrid_give_a_pipeline_that_draws_with_its_variance(tmp_
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, format="PNG")
         picture = {"bytes": buffer.getvalue(), "path": None}
         rows.append({"image": picture, "id": name, "caption": name, "keywords": [name], "concept": name})
-    pandas.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    pandas.DataFrame(rows).to_parquet(folder / "train.parquet")
     spec = importlib.util.spec_from_file_location("train_diffusion", ROOT / "scripts" / "train_diffusion.py")
     assert spec is not None
     assert spec.loader is not None
@@ -82,12 +82,11 @@ def test_two_steps_of_l_hybrid_give_a_pipeline_that_draws_with_its_variance(tmp_
     spec.loader.exec_module(script)
     tiny = ROOT / "tests" / "data" / "tiny_pipeline"
     config = {
-        "output_dir": str(tmp_path / "run"), "autoencoder": str(tiny / "vae"), "text_encoder": str(tiny),
-        "cache_dir": str(tmp_path / "cache"), "max_train_steps": 2, "train_batch_size": 2, "report_to": "none",
-        "num_threads": 1, "num_caption_variants": 1, "objective": "hybrid", "learn_variance": True,
-        "time_sampling": "importance", "schedule": {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50},
+        "output_dir": str(folder / "run"), "autoencoder": str(tiny / "vae"), "text_encoder": str(tiny),
+        "cache_dir": str(folder / "cache"), "max_train_steps": 2, "train_batch_size": 2, "report_to": "none",
+        "num_threads": 1, "num_caption_variants": 1,
         "data": {
-            "train_data_dir": str(tmp_path / "train.parquet"), "resolution": 32, "caption_column": "caption",
+            "train_data_dir": str(folder / "train.parquet"), "resolution": 32, "caption_column": "caption",
             "keywords_column": "keywords",
         },
         "unet": {
@@ -95,10 +94,34 @@ def test_two_steps_of_l_hybrid_give_a_pipeline_that_draws_with_its_variance(tmp_
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": 2, "norm_num_groups": 4,
         },
     }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    script.main(["--config", str(tmp_path / "run.yaml")])
-    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run")
+    (folder / "run.yaml").write_text(yaml.safe_dump(config | changes))
+    script.main(["--config", str(folder / "run.yaml")])
+    return folder / "run"
+
+
+def test_two_steps_of_l_hybrid_give_a_pipeline_that_draws_with_its_variance(tmp_path: Path) -> None:
+    schedule = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50}
+    kinds = {"objective": "hybrid", "learn_variance": True, "time_sampling": "importance"}
+    run = train(tmp_path, schedule=schedule, **kinds)
+    pipe = LatentDiffusionPipeline.from_pretrained(run)
     assert pipe.unet.config.out_channels == 2 * pipe.autoencoder.latent_channels
-    assert draw(tmp_path / "run", sampler="ddpm", guidance_scale=2.0).isfinite().all()
-    groups, _ = load_checkpoint(tmp_path / "run" / "checkpoint-2")
+    assert draw(run, sampler="ddpm", guidance_scale=2.0).isfinite().all()
+    groups, _ = load_checkpoint(run / "checkpoint-2")
     assert int(groups["importance"]["counts"].sum()) == 4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "law"),
+    [
+        ({"kind": "flow", "prediction_type": "flow_prediction"}, "Flow"),
+        ({"kind": "edm", "prediction_type": "edm", "sigma_max": 20.0}, "EDM"),
+        ({"kind": "ve", "prediction_type": "score", "sigma_max": 20.0}, "VE"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:diffusers cannot read this model")
+def test_two_steps_on_other_noise_laws_give_a_pipeline_that_draws(
+    tmp_path: Path, schedule: dict[str, object], law: str
+) -> None:
+    run = train(tmp_path, schedule=schedule, loss_weighting="snr" if law == "VE" else "min_snr")
+    assert type(LatentDiffusionPipeline.from_pretrained(run).schedule).__name__ == law
+    assert draw(run, guidance_scale=2.0).isfinite().all()
