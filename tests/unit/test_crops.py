@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image
 
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.autoencoder import AutoencoderConfig
-from ldm_pipe.training.config import build_config
+from ldm_pipe.training.config import DataConfig, build_config
 from ldm_pipe.training.crops import CropConfig, CropSource, crop_draws, random_crop
+from ldm_pipe.training.pictures import open_records
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -76,6 +78,25 @@ def test_pictures_of_any_shape_make_one_batch() -> None:
     images = source([0, 1, 2], draws)
     assert images.shape == (3, 3, 16, 16)
     assert torch.equal(source([1], draws[1:2])[0], images[1])
+
+
+def test_a_folder_of_odd_photographs_needs_no_captions(tmp_path: Path) -> None:
+    photograph = ramp(40, 30)
+    photograph.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photograph.convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(np.full((30, 40), 65535, dtype=np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (30, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (1, 1), (255, 0, 0)).save(tmp_path / "one.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph.save(tmp_path / "turned.jpg", exif=exif)
+    records = open_records(DataConfig(train_data_dir=str(tmp_path), caption_column=None))
+    assert len(records) == 6
+    assert records.report.notes["mode CMYK"] == 1
+    images = CropSource(records, 16, CropConfig(random=True, zoom_max=1.5))(list(range(6)), torch.full((6, 3), 0.5))
+    shown = {Path(records.where(row)).name: images[row] for row in range(6)}
+    assert float(shown["deep.png"].min()) == float(shown["clear.png"].min()) == 1.0, "white, on white"
+    assert shown["one.png"].mean((1, 2)).tolist() == [1.0, -1.0, -1.0]
 
 
 @pytest.mark.parametrize(
