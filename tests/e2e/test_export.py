@@ -53,10 +53,10 @@ def test_a_target_that_cannot_be_written_is_told_and_nothing_is_left(
 ) -> None:
     (tmp_path / "file").touch()
     assert main(["export", str(TINY), str(tmp_path / "file" / "out")]) == 2
-    assert main(["export", str(TINY), str(tmp_path / "out"), "--sampler", "heun"]) == 2
+    assert main(["export", str(TINY), str(tmp_path / "out"), "--sampler", "edm"]) == 2
     assert main(["export", str(TINY), str(TINY), "--overwrite"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
-    assert "heun" in capsys.readouterr().err
+    assert "sampler 'edm'" in capsys.readouterr().err
 
 
 def test_the_script_is_the_command() -> None:
