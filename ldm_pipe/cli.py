@@ -21,9 +21,19 @@ EXAMPLES = """examples:
   ldm-pipe generate --prompts prompts.txt --out pictures/
   ldm-pipe img2img "green apple" --image out.png --strength 0.6 -o green.png
   ldm-pipe inpaint "a worm" --image out.png --mask-image mask.png -o worm.png
+  ldm-pipe interpolate "red apple" "smiling face" --seed 7 --num-frames 24 -o film.gif
+  ldm-pipe invert out.png "red apple" --to "green apple" --variations 3 -o strip.png
   ldm-pipe info out.png
   ldm-pipe export runs/emoji/diffusion exported/
 """
+
+# Known here too, so that help costs no import of torch; a test keeps them equal to `samplers.NAMES` and `Spacing`.
+SAMPLERS = (
+    "ddpm", "ddim", "euler", "dpmpp_2m", "euler_ancestral", "heun", "edm", "lms", "dpm2", "dpm2_ancestral", "dpmpp_2s",
+    "dpmpp_2s_ancestral", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "plms", "unipc", "deis", "restart",
+    "lcm", "annealed_langevin", "predictor_corrector",
+)  # fmt: skip
+SPACINGS = ("leading", "trailing", "linspace", "lcm", "karras", "exponential", "polynomial", "log_snr", "beta")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_draw(commands.add_parser("generate", help="draw pictures from a prompt"), "generate")
     _add_draw(commands.add_parser("img2img", help="change a picture by a prompt"), "img2img")
     _add_draw(commands.add_parser("inpaint", help="paint into the white part of a mask"), "inpaint")
+    _add_interpolate(commands.add_parser("interpolate", help="draw the way between prompts, seeds or pictures"))
+    _add_invert(commands.add_parser("invert", help="find the noise of a picture and draw with it"))
     _add_export(commands.add_parser("export", help="turn a model or a training run into a diffusers folder"))
     _add_info(commands.add_parser("info", help="show the settings inside a picture, or what a model is"))
     _add_data(commands.add_parser("data", help="look after training pictures"))
@@ -146,25 +158,78 @@ def _add_draw(parser: argparse.ArgumentParser, kind: str) -> None:
     out.add_argument("--grid", action="store_true", help="write one sheet of all pictures")
     out.add_argument("--overwrite", action="store_true", help="replace existing files")
     out.add_argument("--batch-size", type=int, default=8, help="most pictures drawn at once (default 8)")
-    how = parser.add_argument_group("drawing (defaults come from the model)")
+    how = _add_how(parser)
     how.add_argument("--seed", type=int, help="picture i is drawn from seed + i")
+    how.add_argument("--deterministic-batch", action="store_true", help="draw one by one: the same bits in any batch")
+    _add_model(parser)
+    parser.set_defaults(run=_run_draw, kind=kind)
+
+
+def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that all drawing has, spelled like the arguments of the pipeline."""
+    how = parser.add_argument_group("drawing (defaults come from the model)")
     how.add_argument("--negative-prompt", help="what not to draw")
     how.add_argument("--num-inference-steps", "--steps", type=int, dest="num_inference_steps")
     how.add_argument("--guidance-scale", type=float, help="1 is none; more follows the prompt more closely")
     how.add_argument("--guidance-rescale", type=float, help="0 to 1, against overexposure")
     how.add_argument("--height", type=int)
     how.add_argument("--width", type=int)
-    how.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m")
-    how.add_argument("--spacing", help="leading, trailing or linspace")
+    how.add_argument("--sampler", help=", ".join(SAMPLERS))
+    how.add_argument(
+        "--sampler-option", action="append", metavar="NAME=VALUE", help="of the sampler itself, such as order=3"
+    )
+    how.add_argument("--spacing", help=f'{", ".join(SPACINGS)}, or sections like "ddim25" and "10,15,20"')
     how.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     how.add_argument("--thresholding", help="none, static or dynamic")
     how.add_argument("--thresholding-space", help="latent or pixel")
     how.add_argument("--thresholding-percentile", type=float)
     how.add_argument("--thresholding-max-value", type=float)
+    how.add_argument("--thresholding-cap", type=float, help="largest value that dynamic thresholding scales down")
     how.add_argument("--clip-skip", type=int, help="layers of the text encoder to leave out at its end")
-    how.add_argument("--deterministic-batch", action="store_true", help="draw one by one: the same bits in any batch")
+    return how
+
+
+def _add_interpolate(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("prompt", nargs="*", help="what to draw at each point of the way; one is kept all along")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="go between the noises of pictures")
+    parser.add_argument("--num-frames", "--frames", type=int, dest="num_frames", default=9, help="both ends counted")
+    out = _add_film(parser)
+    out.add_argument("--batch-size", type=int, default=8, help="most pictures drawn at once (default 8)")
+    how = _add_how(parser)
+    how.add_argument("--seed", type=int, nargs="+", help="one for the whole way, or one for each point of it")
     _add_model(parser)
-    parser.set_defaults(run=_run_draw, kind=kind)
+    parser.set_defaults(run=_run_interpolate)
+
+
+def _add_invert(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("image", help="the picture")
+    parser.add_argument("prompt", nargs="?", default="", help="what it shows; default nothing")
+    parser.add_argument("--to", nargs="+", default=[], metavar="PROMPT", help="draw these from the same noise")
+    parser.add_argument(
+        "--variations", type=int, default=0, metavar="N", help="draw N relatives, a part of the noise fresh"
+    )
+    parser.add_argument(
+        "--strength", type=float, default=0.3, help="of the variations: 0 the picture, 1 all fresh noise"
+    )
+    parser.add_argument(
+        "--num-refinements", type=int, default=1, help="evaluations more per step, for a truer way back"
+    )
+    _add_film(parser)
+    how = _add_how(parser)
+    how.add_argument("--seed", type=int, default=0, help="variation i takes its fresh noise from seed + i (default 0)")
+    _add_model(parser)
+    parser.set_defaults(run=_run_invert)
+
+
+def _add_film(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    out = parser.add_argument_group("output")
+    out.add_argument("-o", "--output", "--out", help="a .png for a strip, a .gif for a film, or a folder ending in /")
+    out.add_argument("--columns", type=int, default=10, help="pictures beside each other in a strip (default 10)")
+    out.add_argument("--fps", type=float, default=8.0, help="pictures per second of a film (default 8)")
+    out.add_argument("--overwrite", action="store_true", help="replace existing files")
+    return out
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +272,18 @@ def _run_draw(args: argparse.Namespace) -> int:
     from ldm_pipe.commands.draw import run
 
     return run(args)
+
+
+def _run_interpolate(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.edit import run_interpolate
+
+    return run_interpolate(args)
+
+
+def _run_invert(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.edit import run_invert
+
+    return run_invert(args)
 
 
 def _run_export(args: argparse.Namespace) -> int:

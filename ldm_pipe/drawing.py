@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from conditioning import Condition
-from ldm_pipe import guidance, samplers
+from ldm_pipe import guidance
 from ldm_pipe.denoiser import Denoiser
-from ldm_pipe.noise import Noise
+from ldm_pipe.noise import Draw, Noise
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import q_sample
 from ldm_pipe.schedule import Steps
@@ -27,8 +27,6 @@ from ldm_pipe.thresholding import threshold
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
     from ldm_pipe.request import Request
-
-Draw = Callable[[tuple[int, ...]], Tensor]
 
 
 def encode(pipe: LatentDiffusionPipeline, texts: Sequence[str], clip_skip: int | None = None) -> Condition:
@@ -53,6 +51,8 @@ def encode(pipe: LatentDiffusionPipeline, texts: Sequence[str], clip_skip: int |
 
 def encode_prompts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Condition, Condition | None]:
     """Return the condition and, under guidance, the unconditional one; given embeddings are taken as they are."""
+    if request.conditions is not None:
+        return request.conditions
 
     def condition(texts: Sequence[str] | None, embeds: Tensor | None) -> Condition:
         cond = Condition(tokens=embeds) if embeds is not None else encode(pipe, texts or (), request.clip_skip)
@@ -67,32 +67,24 @@ def encode_prompts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Con
     return cond, uncond
 
 
-def choose_steps(pipe: LatentDiffusionPipeline, request: Request) -> Steps:
-    """Choose the rows of a call; a picture to start from leaves the last part of them.
+def choose_steps(request: Request) -> Steps:
+    """Return the rows of a call; a picture to start from leaves the last part of them.
 
     Raises: LdmPipeError if nothing is left to do.
     """
-    if request.timesteps is None:
-        grid = samplers.get(request.sampler).grid
-        final = pipe.schedule.final(request.sampler)
-        steps = pipe.schedule.steps(request.num_steps, spacing=request.spacing, grid=grid, final=final)
-    else:
-        t = torch.tensor(request.timesteps, dtype=torch.float64)
-        alpha, sigma = pipe.schedule.alpha_sigma(t)
-        last = torch.tensor([[-1.0], [1.0], [0.0]], dtype=torch.float64)
-        steps = Steps(*(torch.cat([v, end]) for v, end in zip((t, alpha, sigma), last, strict=True)))
+    steps = request.sampling.steps
     return steps.from_strength(request.strength) if request.image is not None else steps
 
 
-def noise_source(pipe: LatentDiffusionPipeline, request: Request) -> Draw:
-    """Return the source of all noise of a call: float32, on the pipeline's device."""
+def noise_source(request: Request) -> Draw:
+    """Return the source of all noise of a call: float32, on the generators' device."""
+    if request.source is not None:
+        return request.source()
     if isinstance(request.generators, torch.Generator):
-        source = Noise.from_generator(request.generators)
-    elif request.generators is not None:
-        source = Noise.from_generators(request.generators)
-    else:
-        source = Noise(request.seeds or ())
-    return lambda shape: source(shape).to(pipe.device)
+        return Noise.from_generator(request.generators)
+    if request.generators is not None:
+        return Noise.from_generators(request.generators)
+    return Noise(request.seeds or ())
 
 
 def start(
@@ -103,15 +95,12 @@ def start(
     Returns: x_t (B, C, h, w), the extra channels of an inpainting U-Net (B, 1 + C, h, w), and what puts the known part
         back after each step of any other U-Net.
     """
-    shape = (
-        request.num_pictures,
-        pipe.autoencoder.latent_channels,
-        request.height // pipe.factor,
-        request.width // pipe.factor,
-    )
+    rows, columns = request.height // pipe.factor, request.width // pipe.factor
+    shape = (request.num_pictures, pipe.autoencoder.latent_channels, rows, columns)
 
     def noise() -> Tensor:
-        return draw(shape) if request.latents is None else request.latents.to(pipe.device, torch.float32)
+        eps = draw(shape) if request.latents is None else request.latents
+        return eps.to(pipe.device, torch.float32)
 
     if request.image is None:
         return noise() * steps.init_scale, None, None
@@ -121,7 +110,7 @@ def start(
 
     def encoded(picture: Tensor) -> Tensor:
         dtype = pipe.autoencoder.dtype
-        return pipe.autoencoder.encode(picture.to(dtype), draw(shape).to(dtype)).float()
+        return pipe.autoencoder.encode(picture.to(dtype), draw(shape).to(pipe.device, dtype)).float()
 
     with pipe.on_device(pipe.autoencoder):
         z0 = None if fresh and paints else encoded(image)
@@ -172,6 +161,7 @@ def build_denoise(
         rule.kind,
         percentile=rule.percentile,
         max_value=rule.max_value,
+        cap=rule.cap,
         space=rule.space,
         autoencoder=pipe.autoencoder if rule.space == "pixel" else None,
     )
@@ -202,15 +192,17 @@ def sample(
         hook = StepHook(
             view,
             request,
-            advance=bar.update,
+            advance=lambda i: bar.update(max(i + 1 - bar.n, 0)),  # restart visits rows again
             interrupted=lambda: view.num_interrupts > 0 or pipe.num_interrupts != before,
             embeddings={"prompt_embeds": cond.tokens, "negative_prompt_embeds": uncond.tokens if uncond else None},
             rebuild=rebuild,
             restore=restore,
         )
         try:
-            run = samplers.get(request.sampler).function
-            z = run(lambda x_t, t: denoise[0](x_t, t), x, steps, noise=draw, eta=request.eta, callback=hook)
+            how = request.sampling
+            z = how.run(
+                lambda x_t, t: denoise[0](x_t, t), x, steps, noise=draw, eta=how.eta, callback=hook, **how.options
+            )
         except Interrupted as stop:
             z = stop.x
     hook.finish()

@@ -17,6 +17,7 @@ from ldm_pipe import drawing, guidance, samplers
 from ldm_pipe.denoiser import Denoiser
 from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.request_steps import at_resolution
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
@@ -48,7 +49,9 @@ def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     x = Noise([SEED])((1, channels, side, side)).to(pipe.device)
     if num_extra:
         cond = cond.join(Condition(spatial=x.new_zeros(1, num_extra, side, side)))
-    steps = pipe.schedule.steps(NUM_STEPS, spacing=pipe.defaults.spacing or pipe.schedule.spacing or "trailing")
+    steps = at_resolution(pipe.schedule, side * side).steps(
+        NUM_STEPS, spacing=pipe.defaults.spacing or pipe.schedule.spacing or "trailing"
+    )
     denoise = guidance.cfg(Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction), cond, None, 1.0)
     z = samplers.ddim(denoise, x * steps.init_scale, steps)
     image = pipe.autoencoder.decode(z.to(pipe.autoencoder.dtype))

@@ -5,22 +5,23 @@ This file knows the names and limits of settings, not how a picture is drawn.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from ldm_pipe import samplers
 from ldm_pipe.png_info import PngInfo, sampler_label
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.spacing import Spacing
 
 if TYPE_CHECKING:
     from ldm_pipe.request import Request
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-SPACINGS = ("leading", "trailing", "linspace")
 THRESHOLDING_KINDS = ("none", "static", "dynamic")
 THRESHOLDING_SPACES = ("latent", "pixel")
 MAX_SIDE = 16_384
@@ -95,6 +96,21 @@ class Thresholding:
     percentile: float = 0.995
     max_value: float = 1.0
     space: str = "latent"
+    cap: float = math.inf
+
+    @classmethod
+    def of_scheduler(cls, config: Mapping[str, Any]) -> Thresholding | None:
+        """Read the `thresholding` of a diffusers scheduler config, whatever its class; None if it asks for none.
+
+        `clip_sample` plays no role: diffusers' StableDiffusionPipeline turns it off, too.
+
+        Raises: LdmPipeError naming the key.
+        """
+        if not config.get("thresholding"):
+            return None
+        ratio = real_number("dynamic_thresholding_ratio", config.get("dynamic_thresholding_ratio", 0.995), 0.0, 1.0)
+        cap = real_number("sample_max_value", config.get("sample_max_value", 1.0), 1e-3, 1e4)
+        return cls("dynamic", ratio, cap=cap) if cap > 1 else cls("static")  # a cap of 1 leaves the clip to [-1, 1]
 
     @classmethod
     def read(cls, value: Any) -> Thresholding:
@@ -116,6 +132,7 @@ class Thresholding:
             real_number("thresholding percentile", value.get("percentile", cls.percentile), 0.0, 1.0),
             real_number("thresholding max_value", value.get("max_value", cls.max_value), 1e-3, 1e4),
             one_of("thresholding space", value.get("space", cls.space), THRESHOLDING_SPACES),
+            math.inf if value.get("cap") is None else real_number("thresholding cap", value["cap"], 1e-3, 1e4),
         )
 
 
@@ -143,7 +160,7 @@ class Defaults:
         given = {name: item for name, item in value.items() if item is not None}
         checks = {
             "sampler": lambda v: one_of("sampler", v, samplers.NAMES),
-            "spacing": lambda v: one_of("spacing", v, SPACINGS),
+            "spacing": lambda v: one_of("spacing", v, get_args(Spacing)),
             "num_inference_steps": lambda v: whole_number("num_inference_steps", v, 1, 1_000_000),
             "guidance_scale": lambda v: real_number("guidance_scale", v, 0.0, 1000.0),
             "guidance_rescale": lambda v: real_number("guidance_rescale", v, 0.0, 1.0),
@@ -155,26 +172,29 @@ class Defaults:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.thresholding is not None and self.thresholding.cap == math.inf:
+            del values["thresholding"]["cap"]  # JSON has no infinity
+        return values
 
 
 def picture_infos(request: Request, model: str, model_hash: str | None) -> list[PngInfo]:
     """Describe each picture of a request in the customary words; what is at its default is left out."""
+    sampling, rule = request.sampling, request.thresholding
     common = {
-        "Steps": request.num_steps,
-        "Sampler": sampler_label(request.sampler),
+        "Steps": sampling.steps.num_steps,
+        "Sampler": sampler_label(sampling.name),
         "CFG scale": f"{request.guidance_scale:g}",
     }
-    rule = request.thresholding
+    threshold = f"{rule.kind} {rule.space} {rule.percentile:g} {rule.max_value:g}"
     further = {
         "Model hash": model_hash,
         "Model": model or None,
-        "Spacing": request.spacing,
-        "Eta": f"{request.eta:g}" if request.eta else None,
+        "Spacing": sampling.spacing,
+        "Eta": f"{sampling.eta:g}" if sampling.eta else None,
+        "Sampler options": " ".join(f"{name}={value}" for name, value in sampling.options.items()) or None,
         "Guidance rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
-        "Thresholding": None
-        if rule.kind == "none"
-        else f"{rule.kind} {rule.space} {rule.percentile:g} {rule.max_value:g}",
+        "Thresholding": None if rule.kind == "none" else threshold + ("" if rule.cap == math.inf else f" {rule.cap:g}"),
         "Clip skip": request.clip_skip,
         "Denoising strength": None if request.image is None else f"{request.strength:g}",
     }

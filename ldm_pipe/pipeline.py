@@ -9,29 +9,30 @@ drawing.py.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import CLIPTextEncoder, Condition
-from ldm_pipe import drawing
+from ldm_pipe import drawing, editing
+from ldm_pipe.editing import InversionOutput
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
+from ldm_pipe.placement import Placement, read_dtype
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import Request, check_request
 from ldm_pipe.request_prompts import check_text
-from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.schedule import Law
+from ldm_pipe.scheduler_config import SchedulerConfig, defaults_of, law_of
 from ldm_pipe.unet import UNet
 
 
-class LatentDiffusionPipeline:
+class LatentDiffusionPipeline(Placement):
     """Draw pictures from prompts with a latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
 
     The object is read-only during a call: several threads may draw from one pipeline at once.
@@ -49,7 +50,7 @@ class LatentDiffusionPipeline:
         unet: UNet,
         autoencoder: Autoencoder,
         text_encoders: Sequence[CLIPTextEncoder],
-        schedule: NoiseSchedule,
+        schedule: Law,
         *,
         defaults: Defaults | None = None,
         name: str = "",
@@ -66,6 +67,7 @@ class LatentDiffusionPipeline:
         self.num_interrupts = 0
         self._guidance_scale = 1.0
         self._num_timesteps = 0
+        self.given_scheduler: Any = None
         check_fit(self.parts())
 
     @classmethod
@@ -112,9 +114,9 @@ class LatentDiffusionPipeline:
         """
         if use_safetensors is False:
             raise LdmPipeError("use_safetensors=False", how_to_fix="Pickled weights can run code and are never read.")
-        if dtype is not None and torch_dtype is not None and _dtype(dtype) != _dtype(torch_dtype):
+        if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
             raise LdmPipeError(f"dtype {dtype} and torch_dtype {torch_dtype} differ", how_to_fix="Give one of them.")
-        chosen = _dtype(dtype if dtype is not None else torch_dtype)
+        chosen = read_dtype(dtype if dtype is not None else torch_dtype)
         root = find_folder(
             pretrained_model_name_or_path, variant=variant, local_files_only=local_files_only, revision=revision
         )
@@ -148,86 +150,27 @@ class LatentDiffusionPipeline:
         from ldm_pipe.interop.save import save_pipeline
 
         save_pipeline(
-            self, Path(save_directory), variant=variant, dtype=_dtype(dtype) if dtype else self.dtype, card=card
+            self, Path(save_directory), variant=variant, dtype=read_dtype(dtype) if dtype else self.dtype, card=card
         )
 
-    # Where it runs
+    # Which noise law and sampler
 
     @property
-    def components(self) -> dict[str, nn.Module]:
-        """Return the networks by name."""
-        encoders = {f"text_encoder_{i + 1}" if i else "text_encoder": e for i, e in enumerate(self.text_encoders)}
-        return {"unet": self.unet, "autoencoder": self.autoencoder, **encoders}
+    def scheduler(self) -> Any:
+        """Return the scheduler that was set, else something whose `.config` is that of the model, in diffusers' words.
 
-    @property
-    def device(self) -> torch.device:
-        """Return the device pictures are drawn on."""
-        return self._offload or self.unet.device
+        So `pipe.scheduler = X.from_config(pipe.scheduler.config)` works for any class X of `diffusers.schedulers`.
+        """
+        return self.given_scheduler or SchedulerConfig.of(self.schedule, self.defaults)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the U-Net's weights."""
-        return self.unet.dtype
-
-    @property
-    def factor(self) -> int:
-        """Return how many pixels one latent spans along a side."""
-        return self.autoencoder.factor
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Return the height and width drawn when none are asked for."""
-        sample = self.unet.config.get("sample_size") or 64
-        rows, columns = (sample, sample) if isinstance(sample, int) else sample
-        return self.defaults.height or rows * self.factor, self.defaults.width or columns * self.factor
-
-    def to(self, *args: Any, **kwargs: Any) -> LatentDiffusionPipeline:
-        """Move all networks to a device or dtype, as `torch.nn.Module.to` does."""
-        kwargs = {("dtype" if name == "torch_dtype" else name): value for name, value in kwargs.items()}
-        for module in self.components.values():
-            try:
-                module.to(*args, **kwargs)
-            except (RuntimeError, AssertionError, TypeError) as error:
-                reason = str(error).splitlines()[0]
-                raise LdmPipeError(
-                    f"cannot move to {args or kwargs}: {reason}", how_to_fix="Use a device of this machine."
-                ) from error
-        self._offload = None
-        return self
-
-    def enable_model_cpu_offload(self, gpu_id: int = 0, device: torch.device | str = "cuda") -> None:
-        """Keep each network on the CPU and bring it to the device for its stage only; calls then wait for another."""
-        target = torch.device(device)
-        if target.type == "cpu":
-            raise LdmPipeError("offload to the CPU from the CPU", how_to_fix="Name a GPU, or leave it.")
-        self.to("cpu")
-        self._offload = torch.device(target.type, gpu_id) if target.index is None else target
-
-    def enable_vae_slicing(self) -> None:
-        """Decode the pictures of a batch one by one, to save memory."""
-        self.autoencoder.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decode whole batches again."""
-        self.autoencoder.disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Decode large pictures in blended tiles, to bound memory."""
-        self.autoencoder.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decode whole pictures again."""
-        self.autoencoder.disable_tiling()
-
-    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Do nothing but say so: the attention kernel used here never holds the whole matrix."""
-        warnings.warn(
-            f"attention slicing ({slice_size}) has no effect: attention is memory-efficient here", stacklevel=2
-        )
-
-    def set_progress_bar_config(self, **config: Any) -> None:
-        """Set tqdm's arguments, such as disable=True."""
-        self._progress = config
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        """Sample with a scheduler object of diffusers, and take over the noise law of its config."""
+        if isinstance(scheduler, SchedulerConfig):  # the model's own, put back
+            self.given_scheduler, self.schedule, self.defaults = None, scheduler.law, scheduler.defaults
+            return
+        self.schedule = law_of(scheduler, self.schedule)
+        self.given_scheduler, self.defaults = scheduler, defaults_of(scheduler, self.defaults)
 
     # What a callback may look at and change
 
@@ -265,6 +208,7 @@ class LatentDiffusionPipeline:
         width: int | None = None,
         num_inference_steps: int = IntDefault(50),
         timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         guidance_scale: float = FloatDefault(7.5),
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
@@ -281,8 +225,9 @@ class LatentDiffusionPipeline:
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  (never changed; diffusers' default)
         *,
         seed: int | list[int] | None = None,
-        sampler: str | None = None,
+        sampler: str | Any | None = None,
         spacing: str | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
         thresholding: str | Mapping[str, Any] | Thresholding | None = None,
         image: Any = None,
         strength: float | None = None,
@@ -302,8 +247,12 @@ class LatentDiffusionPipeline:
             seed: picture i is drawn from seed + i (or seed[i]), whatever the batch; None draws a seed and tells it.
             latents: unit Gaussian noise to start from, (B, C, h, w).
             output_type: "pil", "np", "pt" or "latent".
-            sampler, spacing: see `ldm_pipe.samplers` and `NoiseSchedule.times`.
-            thresholding: "none", "static", "dynamic", or a mapping of kind, percentile, max_value and space.
+            timesteps, sigmas: the times shown to the network, or the noise levels, one by one instead of spacing.
+            sampler: one of `samplers.NAMES`, or a scheduler object of diffusers; None is `pipe.scheduler`'s.
+            spacing: "leading", "trailing", "karras", "ddim25", ...; see `Law.steps`.
+            sampler_options: the sampler's own keywords, such as {"order": 3}.
+            thresholding: "none", "static", "dynamic", or a mapping of kind, percentile, max_value, space and cap;
+                None: the model's, or what its scheduler file asks for.
             image, strength: start from a diffused picture (SDEdit, arXiv:2108.01073); strength 0.8, with a mask 1.0.
             mask_image: paint only where it is white; elsewhere the pixels of `image` come back unchanged.
             callback_on_step_end: called as (pipe, i, t, tensors) after each step; returns the tensors.
@@ -313,9 +262,14 @@ class LatentDiffusionPipeline:
         Raises: LdmPipeError naming argument, value and range, before any work.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
-        request = check_request(self, given)
-        one_by_one = deterministic_batch and request.num_pictures > 1
-        with self._offload_lock if self._offload else contextlib.nullcontext():
+        output = self.run(check_request(self, given), one_by_one=deterministic_batch)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def run(self, request: Request, *, one_by_one: bool = False) -> LatentDiffusionOutput:
+        """Draw the pictures of a checked request."""
+        one_by_one = one_by_one and request.num_pictures > 1
+        with self.one_at_a_time():
             drawn = [self._draw(part) for part in (request.rows() if one_by_one else [request])]
         z = torch.cat([part[0] for part in drawn])
         images: Any = z
@@ -326,20 +280,93 @@ class LatentDiffusionPipeline:
             images = give_images(
                 image, request.output_type, None if request.mask is None else request.image, request.mask
             )
-        output = LatentDiffusionOutput(
+        return LatentDiffusionOutput(
             images,
             seeds=None if request.seeds is None else list(request.seeds),
             latents=z if request.return_latents else None,
             infos=picture_infos(request, self.name, self.model_hash),
         )
-        return output if return_dict else output.to_tuple()
+
+    # Editing
+
+    def invert(
+        self,
+        image: Any,
+        prompt: str | list[str] = "",
+        *,
+        num_inference_steps: int = IntDefault(50),
+        guidance_scale: float = 1.0,
+        num_refinements: int = 1,
+        **call: Any,
+    ) -> InversionOutput:
+        """Find the noise that `pipe(prompt, latents=)` turns into a picture (DDIM upwards, arXiv:2010.02502, 4.3).
+
+        Drawing it with the same prompt, steps and guidance_scale=1 gives the picture back; with another prompt, the
+        same noise.
+
+        Args:
+            image: one or several; see `__call__`.
+            prompt: what the pictures show; one for all, or one for each.
+            guidance_scale: above 1 the way back is less exact.
+            num_refinements: further evaluations per step that make it more exact; see `samplers.ddim_inversion`.
+            call: further arguments of `__call__`: height, width, spacing, timesteps, negative_prompt, ...
+        Raises: LdmPipeError naming argument, value and range.
+        """
+        more = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return editing.invert(self, {"image": image, "prompt": prompt, **more, **call}, num_refinements)
+
+    def interpolate(
+        self,
+        prompt: str | list[str] = "",
+        *,
+        num_frames: int = 9,
+        seed: int | list[int] | None = None,
+        latents: Tensor | None = None,
+        batch_size: int = 8,
+        **call: Any,
+    ) -> LatentDiffusionOutput:
+        """Draw the pictures on the way between prompts, seeds, or inverted pictures.
+
+        Noise turns on a great circle, text embeddings go straight. One prompt is kept along a way of seeds, one seed
+        along a way of prompts; several of both change together. The first and the last frame are what `pipe` draws.
+
+        Args:
+            prompt, seed, latents: one, or one for each point of the way; latents as of `invert`.
+            num_frames: pictures on the whole way, both ends counted.
+            batch_size: most pictures drawn at once.
+            call: further arguments of `__call__`.
+        Raises: LdmPipeError naming argument, value and range.
+        """
+        more = {"prompt": prompt, "seed": seed, "latents": latents}
+        return editing.interpolate(self, {**more, **call}, num_frames, batch_size)
+
+    def vary(
+        self,
+        image: Any,
+        prompt: str | list[str] = "",
+        *,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 4,
+        num_refinements: int = 1,
+        **call: Any,
+    ) -> LatentDiffusionOutput:
+        """Draw relatives of a picture: its noise, found by `invert`, with a part of it fresh.
+
+        Args:
+            image, prompt, num_refinements: see `invert`.
+            strength: how far the noise turns to fresh noise; 0 gives the picture back, 1 forgets it.
+            call: further arguments of `__call__`; picture i takes its fresh noise from seed + i.
+        Raises: LdmPipeError naming argument, value and range.
+        """
+        more = {"image": image, "prompt": prompt, "num_images_per_prompt": num_images_per_prompt}
+        return editing.vary(self, {**more, **call}, strength, num_refinements)
 
     def _draw(self, request: Request) -> tuple[Tensor, Tensor]:
         """Run the three stages for one batch: (z, image)."""
         try:
             cond, uncond = drawing.encode_prompts(self, request)
-            steps = drawing.choose_steps(self, request)
-            noise = drawing.noise_source(self, request)
+            steps = drawing.choose_steps(request)
+            noise = drawing.noise_source(request)
             x, spatial, restore = drawing.start(self, request, steps, noise)
             if spatial is not None:
                 cond, uncond = (c if c is None else c.join(Condition(spatial=spatial)) for c in (cond, uncond))
@@ -354,24 +381,6 @@ class LatentDiffusionPipeline:
         with self.on_device(self.autoencoder):
             return self.autoencoder.decode(z.to(self.autoencoder.dtype))
 
-    @contextlib.contextmanager
-    def on_device(self, module: nn.Module) -> Iterator[None]:
-        """Bring a network to the device for the time of its stage, where offloading is on."""
-        if self._offload is None:
-            yield
-            return
-        module.to(self._offload)
-        try:
-            yield
-        finally:
-            module.to("cpu")
-
-    def progress_bar(self, total: int) -> Any:
-        """Return a tqdm bar with the settings of `set_progress_bar_config`."""
-        from tqdm import tqdm
-
-        return tqdm(**{"total": total, **self._progress})
-
     def encode_prompt(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", *, clip_skip: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -385,12 +394,3 @@ class LatentDiffusionPipeline:
         assert tokens[0] is not None
         assert tokens[1] is not None
         return tokens[0], tokens[1]
-
-
-def _dtype(value: torch.dtype | str | None) -> torch.dtype:
-    """Read a dtype or its name; None is float32."""
-    found = torch.float32 if value is None else getattr(torch, value, None) if isinstance(value, str) else value
-    known = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    if found not in known:
-        raise LdmPipeError(f"dtype is {value!r}", how_to_fix=f"Use one of {', '.join(str(d) for d in known)}.")
-    return found

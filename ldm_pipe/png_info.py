@@ -1,4 +1,4 @@
-"""Keep the settings of a picture in its PNG file, in the text form that web interfaces write and read.
+"""Keep the settings of a picture in its PNG (or GIF) file, in the text form that web interfaces write and read.
 
 What enters: a prompt and named settings. What leaves: the text of the `parameters` chunk, and back again.
 This file knows neither the pipeline nor torch.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,12 @@ CHUNK = "parameters"
 MAX_TEXT = 20_000  # characters of one prompt kept in a picture; also far above any encoder's context
 NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+_SAMPLER_NAMES = {
+    "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "lms": "LMS",
+    "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "dpmpp_2s": "DPM++ 2S", "dpmpp_2s_ancestral": "DPM++ 2S a",
+    "dpmpp_2m": "DPM++ 2M", "dpmpp_3m": "DPM++ 3M", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE", "plms": "PLMS", "unipc": "UniPC", "restart": "Restart", "lcm": "LCM",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,21 @@ def png_bytes(image: Image, info: PngInfo | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def gif_bytes(images: Sequence[Image], info: PngInfo, fps: float) -> bytes:
+    """Encode pictures as an endless GIF with their settings in its comment."""
+    buffer = io.BytesIO()
+    images[0].save(
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=list(images[1:]),
+        duration=round(1000 / fps),
+        loop=0,
+        comment=format_parameters(info).encode("utf-8"),
+    )
+    return buffer.getvalue()
+
+
 def read_png_info(path: str | Path) -> PngInfo | None:
     """Read the settings out of a picture; None if it holds none.
 
@@ -129,4 +149,7 @@ def read_png_info(path: str | Path) -> PngInfo | None:
         if image.format == "PNG":
             image.load()  # text chunks may follow the pixels
         text = getattr(image, "text", {}).get(CHUNK) or image.info.get(CHUNK)
+        comment = image.info.get("comment")
+        if image.format == "GIF" and isinstance(comment, bytes):
+            text = comment.decode("utf-8", "replace")
     return parse_parameters(text) if isinstance(text, str) else None

@@ -9,18 +9,17 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldm_pipe import samplers
+from conditioning import Condition
+from ldm_pipe.noise import Draw
 from ldm_pipe.outputs import (
     MAX_PICTURES,
     MAX_SIDE,
     OUTPUT_TYPES,
-    SPACINGS,
     FloatDefault,
     IntDefault,
     Thresholding,
@@ -31,6 +30,8 @@ from ldm_pipe.outputs import (
 )
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request_prompts import check_embeds, check_negatives, check_prompts
+from ldm_pipe.request_steps import Sampling, check_sampling
+from ldm_pipe.samplers.from_diffusers import SchedulerSampler
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
@@ -51,13 +52,9 @@ class Request:
     num_pictures: int
     height: int
     width: int
-    num_steps: int
-    timesteps: tuple[float, ...] | None
+    sampling: Sampling
     guidance_scale: float
     guidance_rescale: float
-    eta: float
-    sampler: str
-    spacing: str | None
     thresholding: Thresholding
     seeds: tuple[int, ...] | None
     generators: tuple[torch.Generator, ...] | torch.Generator | None
@@ -70,6 +67,8 @@ class Request:
     return_latents: bool
     callback: Callable[..., Any] | None
     callback_inputs: tuple[str, ...]
+    source: Callable[[], Draw] | None = None  # starts the noise of the call anew, where seeds do not say it all
+    conditions: tuple[Condition, Condition | None] | None = None  # in place of texts and embeddings
 
     @property
     def guided(self) -> bool:
@@ -111,20 +110,12 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     scale, rescale = _check_guidance(pipe, given)
     negatives = check_negatives(given, num_prompts, guided=scale > 1)
     embeds = check_embeds(pipe, given, num_prompts, scale > 1)
-    sampler = one_of("sampler", _default(given["sampler"], pipe.defaults.sampler or "ddim"), samplers.NAMES)
-    spacing = _default(given["spacing"], pipe.defaults.spacing)
-    eta = real_number("eta", given["eta"], 0.0, 1.0)
-    if eta > 0 and not samplers.get(sampler).has_eta:
-        warn_ignored("eta", f"the sampler {sampler} has none")
-        eta = 0.0
     image, mask, strength = _check_pictures(pipe, given, count, num_prompts)
     height, width = _check_size(pipe, given, image)
     whole_number("pictures x height x width", count * height * width, 1, MAX_PIXELS)
-    timesteps = _check_timesteps(pipe, given["timesteps"])
-    steps = _model_default(given["num_inference_steps"], pipe.defaults.num_inference_steps)
-    limit = pipe.schedule.num_train_timesteps
+    num_steps = _model_default(given["num_inference_steps"], pipe.defaults.num_inference_steps)
+    sampling = check_sampling(pipe, given, num_steps, (height // pipe.factor) * (width // pipe.factor))
     seeds, generators = _check_randomness(given["seed"], given["generator"], count)
-    thresholding = pipe.defaults.thresholding if given["thresholding"] is None else given["thresholding"]
     return Request(
         prompts=_spread(prompts, per_prompt),
         negatives=_spread(negatives, per_prompt),
@@ -133,14 +124,10 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
         num_pictures=count,
         height=height,
         width=width,
-        num_steps=len(timesteps) if timesteps else whole_number("num_inference_steps", steps, 1, limit),
-        timesteps=timesteps,
+        sampling=sampling,
         guidance_scale=scale,
         guidance_rescale=rescale,
-        eta=eta,
-        sampler=sampler,
-        spacing=None if spacing is None else one_of("spacing", spacing, SPACINGS),
-        thresholding=Thresholding.read(thresholding),
+        thresholding=_check_thresholding(pipe, given["thresholding"], sampling),
         seeds=seeds,
         generators=generators,
         latents=_check_latents(pipe, given["latents"], count, height, width),
@@ -266,20 +253,13 @@ def _check_latents(pipe: LatentDiffusionPipeline, latents: Any, count: int, heig
     return latents
 
 
-def _check_timesteps(pipe: LatentDiffusionPipeline, timesteps: Any) -> tuple[float, ...] | None:
-    if timesteps is None:
-        return None
-    last = pipe.schedule.num_train_timesteps - 1
-    if isinstance(timesteps, Tensor):
-        timesteps = timesteps.tolist()
-    if not isinstance(timesteps, (list, tuple)) or not 1 <= len(timesteps) <= last + 1:
-        raise LdmPipeError(
-            f"timesteps is {timesteps!r:.80}", how_to_fix=f"give a falling list of times from {last} to 0"
-        )
-    times = tuple(real_number(f"timesteps[{i}]", t, 0, last) for i, t in enumerate(timesteps))
-    if any(later >= earlier for earlier, later in pairwise(times)):
-        raise LdmPipeError("timesteps do not fall", how_to_fix=f"give a falling list of times from {last} to 0")
-    return times
+def _check_thresholding(pipe: LatentDiffusionPipeline, given: Any, sampling: Sampling) -> Thresholding:
+    """Settle the thresholding: as given, else the model's, else what its scheduler file asks for."""
+    if given is None:
+        given = pipe.defaults.thresholding
+    if given is None and isinstance(sampling.run, SchedulerSampler):
+        return Thresholding()  # a scheduler of diffusers does by itself what its config says
+    return Thresholding.read(Thresholding.of_scheduler(pipe.schedule.config) if given is None else given)
 
 
 def _check_randomness(

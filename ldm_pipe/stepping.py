@@ -43,7 +43,7 @@ class StepHook:
         view: Any,
         request: Request,
         *,
-        advance: Callable[[], Any],
+        advance: Callable[[int], Any],
         interrupted: Callable[[], bool],
         embeddings: dict[str, Tensor | None],
         rebuild: Rebuild,
@@ -52,7 +52,7 @@ class StepHook:
         """Keep what the steps of one call share."""
         self.view, self.request, self.advance, self.interrupted = view, request, advance, interrupted
         self.embeddings, self.rebuild, self.restore = embeddings, rebuild, restore
-        self.flags: list[Tensor] = []
+        self.flags: list[tuple[int, Tensor]] = []
 
     def __call__(self, i: int, t: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         """Work on the state after step i."""
@@ -61,7 +61,7 @@ class StepHook:
         if self.request.callback is not None:
             x = self._ask(i, t, x)
         self._watch(i, x)
-        self.advance()
+        self.advance(i)
         if self.interrupted():
             raise Interrupted(x)
         return x
@@ -70,16 +70,16 @@ class StepHook:
         """Notice bad numbers: at once on a CPU, elsewhere at the end, so that no step waits for the device."""
         fine = torch.isfinite(x).all()
         if x.device.type != "cpu":
-            self.flags.append(fine)
+            self.flags.append((i, fine))
         elif not bool(fine):
             raise not_finite(i)
 
     def finish(self) -> None:
         """Raise LdmPipeError for the first step whose latents held bad numbers."""
         if self.flags:
-            bad = (~torch.stack(self.flags)).nonzero().flatten().tolist()
+            bad = (~torch.stack([fine for _, fine in self.flags])).nonzero().flatten().tolist()
             if bad:
-                raise not_finite(bad[0])
+                raise not_finite(self.flags[bad[0]][0])
 
     def _ask(self, i: int, t: Tensor, x: Tensor) -> Tensor:
         """Call the caller's function as diffusers does, and take back what it changed."""

@@ -3,6 +3,7 @@
     python scripts/evaluate.py autoencoder --model runs/emoji/autoencoder/vae --output runs/emoji/evaluation/autoencoder
     python scripts/evaluate.py retrieval --guidance_scale 1 2 3 4 5 7 10 --output runs/emoji/evaluation/retrieval
     python scripts/evaluate.py sheet --output docs/images
+    python scripts/evaluate.py inversion --output runs/emoji/evaluation/inversion
     python scripts/evaluate.py bits --model runs/emoji/diffusion --output runs/emoji/evaluation/bits
 
 What enters: a model (default: the one that ships) and the drawings. What leaves: `results.json` with command, model
@@ -32,6 +33,7 @@ from ldm_pipe.commands.paths import OutputError, check_folder
 from ldm_pipe.data.cache import module_hash
 from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
+from ldm_pipe.metrics.inversion import measure_inversion
 from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
 from ldm_pipe.metrics.reconstruction import report_reconstruction
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
@@ -82,9 +84,15 @@ def build_parser() -> argparse.ArgumentParser:
     bits.add_argument("--variance", choices=get_args(Variance), help="default: learned, else fixed_small")
     bits.add_argument("--bin_width", type=float, help="measure a code of latents rounded to this; default: a density")
     bits.set_defaults(run=run_bits)
-    for one in (rebuild, retrieve, sheet):
+    invert = kinds.add_parser("inversion", help="how exactly the model's own pictures come back from their noise")
+    invert.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
+    invert.add_argument("--num_prompts", type=int, default=16, help="captions, chosen by hash (default 16)")
+    invert.add_argument("--num_inference_steps", type=int, default=50, help="up, and as many down (default 50)")
+    invert.add_argument("--num_refinements", type=int, nargs="+", default=[0, 1, 4], help="per step (default 0 1 4)")
+    invert.set_defaults(run=run_inversion, sampler=None, guidance_scale=None)
+    for one in (rebuild, retrieve, sheet, invert):
         one.add_argument("--train_file", default=f"{NOTO}/train.parquet", help="parquet file of the training drawings")
-    for one in (rebuild, retrieve, sheet, bits):
+    for one in (rebuild, retrieve, sheet, bits, invert):
         one.add_argument("--batch_size", type=int, default=20, help="pictures at once (default 20)")
         one.add_argument("--device", help="default: a GPU if there is one")
         one.add_argument("--output", required=True, type=Path, help="folder for results.json and the pictures")
@@ -273,6 +281,34 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
     scale = args.guidance_scale or pipe.defaults.guidance_scale or 7.5
     write_results(args, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began)
     print(path)
+
+
+def run_inversion(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw pictures, walk up to their noise with DDIM and down again without guidance, and compare."""
+    began = time.perf_counter()
+    records = load_plain(args.train_file)
+    prompts = [records.captions[row] for row in asked(records, args.num_prompts)]
+    pipe = load_model(args, device)
+    pictures = draw(pipe, prompts, args, None)
+    rows, sheets = [], list(pictures)
+    print("| refinements | evaluations up | latent RMSE | PSNR, dB | worst | PSNR to the picture, dB | noise std |")
+    print("|---|---|---|---|---|---|---|")
+    for number in args.num_refinements:
+        found = measure_inversion(pipe, pictures, prompts, num_steps=args.num_inference_steps, num_refinements=number)
+        row = {
+            "num_refinements": number,
+            "evaluations": args.num_inference_steps * (number + 1),
+            "latent_rmse": round(float(found.latent_rmse.square().mean().sqrt()), 5),
+            "psnr": round(float(found.psnr.mean()), 2),
+            "worst_psnr": round(float(found.psnr.min()), 2),
+            "picture_psnr": round(float(found.picture_psnr.mean()), 2),
+            "noise_std": round(float(found.noise_std.mean()), 4),
+        }
+        rows.append(row)
+        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+        sheets += found.images
+    save_picture(make_grid(sheets, len(prompts)), args.output / "inversion.png")
+    write_results(args, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": rows}, began)
 
 
 # -- likelihood --------------------------------------------------------------------------------------------------

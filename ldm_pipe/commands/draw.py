@@ -10,7 +10,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,10 +49,14 @@ def run(args: argparse.Namespace) -> int:
     if args.num_images_per_prompt < 1 or args.batch_size < 1:
         raise OutputError("-n and --batch-size must be at least 1", f"ldm-pipe {args.kind}")
     for name in ("image", "mask_image"):
-        path = getattr(args, name, None)
-        if path is not None and not Path(path).is_file():
-            raise OutputError("no such picture", path, f"Give an existing file as --{name.replace('_', '-')}.")
+        check_picture(getattr(args, name, None))
     return _run_file(args, file) if file else _run_prompts(args)
+
+
+def check_picture(path: str | None) -> None:
+    """Raise OutputError if a picture to start from is no file."""
+    if path is not None and not Path(path).is_file():
+        raise OutputError("no such picture", path, "Give an existing file.")
 
 
 def load_pipeline(args: argparse.Namespace) -> LatentDiffusionPipeline:
@@ -79,6 +83,7 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "space": args.thresholding_space,
         "percentile": args.thresholding_percentile,
         "max_value": args.thresholding_max_value,
+        "cap": args.thresholding_cap,
     }
     thresholding = {name: value for name, value in thresholding.items() if value is not None}
     if thresholding and "kind" not in thresholding:
@@ -87,12 +92,28 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
         )
     if thresholding:
         arguments["thresholding"] = thresholding
-    if args.deterministic_batch:
+    if args.sampler_option:
+        arguments["sampler_options"] = sampler_options(args.sampler_option)
+    if getattr(args, "deterministic_batch", False):
         arguments["deterministic_batch"] = True
     for name in ("image", "mask_image"):
         if getattr(args, name, None) is not None:
             arguments[name] = getattr(args, name)
     return arguments
+
+
+def sampler_options(words: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE words; values are JSON, or else text. Raises: OutputError naming the word."""
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier() or name in options:
+            raise OutputError(f"--sampler-option {word!r:.80}", "", "Write each once, as NAME=VALUE.")
+        try:
+            options[name] = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            options[name] = value
+    return options
 
 
 def _run_prompts(args: argparse.Namespace) -> int:
@@ -137,9 +158,15 @@ def _seeds(seed: int | None, count: int) -> list[int]:
 def _write(path: Path, image: Image, info: PngInfo) -> None:
     """Write one picture with its settings, whole or not at all, and print its path."""
     from ldm_pipe.png_info import png_bytes
+
+    write_whole(path, png_bytes(image, info))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and print its path."""
     from ldm_pipe.pretrained import atomic_write
 
-    atomic_write(path, png_bytes(image, info))
+    atomic_write(path, data)
     sys.stdout.write(f"{path}\n")
     sys.stdout.flush()
 

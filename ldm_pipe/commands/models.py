@@ -53,10 +53,10 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
     """Write the command that draws a picture again; None where the seed or a starting picture is unknown."""
     from ldm_pipe.png_info import sampler_from_label
 
-    if "Seed" not in settings or "Denoising strength" in settings:
+    if "Seed" not in settings or "Denoising strength" in settings or settings.get("Spacing") == "custom":
         return None
     width, _, height = settings.get("Size", "").partition("x")
-    rule = (settings.get("Thresholding", "").split() + [None] * 4)[:4]
+    rule = (settings.get("Thresholding", "").split() + [None] * 5)[:5]
     options = {
         "--seed": settings["Seed"],
         "--negative-prompt": negative or None,
@@ -72,12 +72,15 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
         "--thresholding-space": rule[1],
         "--thresholding-percentile": rule[2],
         "--thresholding-max-value": rule[3],
+        "--thresholding-cap": rule[4],
         "--clip-skip": settings.get("Clip skip"),
         "-n": settings.get("Pictures"),
     }
     words = ["ldm-pipe", "generate", prompt]
     for name, value in options.items():
         words += [name, value] if value else []
+    for option in settings.get("Sampler options", "").split():
+        words += ["--sampler-option", option]
     return shlex.join(words) + (" --grid" if "Pictures" in settings else "")
 
 

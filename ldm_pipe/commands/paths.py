@@ -78,8 +78,13 @@ class OutputPlan:
     overwrite: bool = False
 
     @classmethod
-    def make(cls, output: str | None, *, count: int, overwrite: bool) -> OutputPlan:
+    def make(
+        cls, output: str | None, *, count: int, overwrite: bool, suffixes: tuple[str, ...] = (".png",)
+    ) -> OutputPlan:
         """Read -o: a file name, a folder (existing, or ending in a slash), or nothing for the present folder.
+
+        Args:
+            suffixes: the kinds of files that can be written.
 
         Raises: OutputError, before any work, if nothing can be written there.
         """
@@ -89,8 +94,9 @@ class OutputPlan:
             plan = cls(Path(output), None, overwrite=overwrite)
         else:
             path = Path(output)
-            if path.suffix.lower() != ".png":
-                what = f"pictures are written as PNG, not {path.suffix or 'without a suffix'}"
+            if path.suffix.lower() not in suffixes:
+                kinds = " or ".join(suffix[1:].upper() for suffix in suffixes)
+                what = f"pictures are written as {kinds}, not {path.suffix or 'without a suffix'}"
                 raise OutputError(what, output, f"Use {path.with_suffix('.png')}, or {output}/ for a folder.")
             plan = cls(path.parent, path.stem, path.suffix, overwrite)
         check_folder(plan.folder)

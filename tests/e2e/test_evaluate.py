@@ -145,6 +145,17 @@ def test_sheet_draws_the_captions_that_retrieval_asks_for(evaluate: ModuleType, 
         assert sheet.width == 6 * (128 + 4) + 4
 
 
+def test_inversion_comes_nearer_with_refinements(evaluate: ModuleType, drawings: str, tmp_path: Path) -> None:
+    common = ["inversion", "--model", MODEL, "--train_file", drawings, "--num_prompts", "3"]
+    evaluate.main([*common, "--num_inference_steps", "10", "--num_refinements", "0", "4", "--output", str(tmp_path)])
+    facts = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    plain, refined = facts["results"]
+    assert (plain["evaluations"], refined["evaluations"]) == (10, 50)
+    assert refined["latent_rmse"] < plain["latent_rmse"]
+    assert refined["psnr"] > plain["psnr"]
+    assert Image.open(tmp_path / "inversion.png").size == (3 * 36 + 4, 3 * 36 + 4)
+
+
 def test_bits_measures_the_bound_and_its_parts(
     evaluate: ModuleType, drawings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,7 @@ def test_signature_is_that_of_diffusers() -> None:
     assert shared == [name for name in theirs if name in ours], "same order"
     for name in shared:
         assert ours[name].default == theirs[name].default, name
-    absent = {"sigmas", "ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs", "kwargs"}
+    absent = {"ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs", "kwargs"}
     assert set(theirs) - set(ours) == absent
     extra = [p for name, p in ours.items() if name not in theirs]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in extra)

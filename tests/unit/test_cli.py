@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from ldm_pipe.cli import build_parser, main
-from ldm_pipe.commands.draw import call_arguments, plan_jobs, read_prompts
+from ldm_pipe.cli import SAMPLERS, SPACINGS, build_parser, main
+from ldm_pipe.commands.draw import call_arguments, plan_jobs, read_prompts, sampler_options
 from ldm_pipe.commands.paths import MAX_SLUG, OutputError, OutputPlan, check_space, slug
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys; from ldm_pipe.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["interpolate", "--help"], ["invert", "--help"]])
+def test_help_does_not_import_torch(words: list[str]) -> None:
+    code = f"import sys; from ldm_pipe.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
@@ -30,14 +31,33 @@ def test_a_wrong_path_is_told_before_torch_is_imported(tmp_path: Path) -> None:
     assert run.stderr.startswith("error: ")
 
 
+def test_help_lists_what_there_is() -> None:
+    from typing import get_args
+
+    from ldm_pipe import samplers
+    from ldm_pipe.spacing import Spacing
+
+    assert SAMPLERS == samplers.NAMES
+    assert get_args(Spacing) == SPACINGS
+
+
+def test_sampler_options_are_json_or_text() -> None:
+    words = ["order=3", "s_churn=0.5", "variance=fixed_large", "lower=true", "a=b=c"]
+    wanted = {"order": 3, "s_churn": 0.5, "variance": "fixed_large", "lower": True, "a": "b=c"}
+    assert sampler_options(words) == wanted
+    for bad in (["order"], ["=3"], ["order=1", "order=2"], ["a b=1"]):
+        with pytest.raises(OutputError, match="NAME=VALUE"):
+            sampler_options(bad)
+
+
 def test_options_are_spelled_like_the_pipeline_arguments() -> None:
     import inspect
 
     from ldm_pipe import LatentDiffusionPipeline
 
     known = set(inspect.signature(LatentDiffusionPipeline.__call__).parameters)
-    for kind in ("generate", "img2img", "inpaint"):
-        extra = [] if kind == "generate" else ["--image", "a.png"]
+    for kind in ("generate", "img2img", "inpaint", "interpolate", "invert"):
+        extra = ["--image", "a.png"] if kind in ("img2img", "inpaint") else []
         extra += ["--mask-image", "m.png"] if kind == "inpaint" else []
         args = build_parser().parse_args(
             [kind, "x", *extra, "--sampler", "euler", "--guidance-scale", "3", "--seed", "1"]
@@ -124,6 +144,13 @@ def test_bad_prompts_files(tmp_path: Path, text: str) -> None:
         ["generate", "x", "--prompts", "y.txt"],
         ["generate", "x", "-n", "0"],
         ["generate", "x", "--thresholding-space", "pixel"],
+        ["generate", "x", "--sampler-option", "order"],
+        ["interpolate"],
+        ["interpolate", "x"],
+        ["interpolate", "x", "y", "--columns", "0"],
+        ["interpolate", "x", "y", "-o", "film.mp4"],
+        ["interpolate", "x", "--image", "missing.png", "missing.png"],
+        ["invert", "missing.png"],
         ["generate", "--prompts", "missing.txt", "--out", "pictures"],
         ["img2img", "x", "--image", "missing.png"],
         ["info", "missing.png"],
