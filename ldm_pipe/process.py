@@ -125,11 +125,15 @@ def q_step(x_s: Tensor, eps: Tensor, alpha_s: float, sigma_s: float, alpha_t: fl
 
 def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
     """Return eps = (x_t - alpha x0) / sigma; needs sigma > 0."""
+    if isinstance(alpha, float):  # numbers need fewer passes over the memory
+        return x_t.sub(x0, alpha=alpha).div_(expand(sigma, x_t))
     return (x_t - expand(alpha, x_t) * x0) / expand(sigma, x_t)
 
 
 def x0_from_eps(x_t: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
     """Return x0 = (x_t - sigma eps) / alpha; needs alpha > 0."""
+    if isinstance(sigma, float):
+        return x_t.sub(eps, alpha=sigma).div_(expand(alpha, x_t))
     return (x_t - expand(sigma, x_t) * eps) / expand(alpha, x_t)
 
 

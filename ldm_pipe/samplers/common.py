@@ -51,7 +51,7 @@ def flow_step(x: Tensor, x0: Tensor, alpha_t: float, sigma_t: float, alpha_s: fl
     r alpha_t = alpha_s exp(-h) with the step h of half_log_snr, DPM-Solver++ 1 (arXiv:2211.01095).
     """
     r = sigma_s / sigma_t
-    return r * x + (alpha_s - r * alpha_t) * x0
+    return (r * x).add(x0, alpha=alpha_s - r * alpha_t)
 
 
 def sde_step(
@@ -66,4 +66,5 @@ def sde_step(
     """
     h = half_log_snr(alpha_s, sigma_s) - half_log_snr(alpha_t, sigma_t)
     fresh_share = -math.expm1(-2 * h)
-    return (sigma_s / sigma_t * math.exp(-h)) * x + (alpha_s * fresh_share) * x0 + sigma_s * fresh_share**0.5 * z
+    mean = ((sigma_s / sigma_t * math.exp(-h)) * x).add(x0, alpha=alpha_s * fresh_share)
+    return mean.add(z, alpha=sigma_s * fresh_share**0.5)

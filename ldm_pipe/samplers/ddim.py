@@ -7,8 +7,7 @@ from torch import Tensor
 from ldm_pipe.denoiser import Denoise
 from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import eps_from_x0
-from ldm_pipe.samplers.common import Callback, fresh, report
+from ldm_pipe.samplers.common import Callback, flow_step, fresh, report
 from ldm_pipe.schedule import Steps
 
 
@@ -41,10 +40,9 @@ def ddim(
         raise LdmPipeError(f"eta is {eta}", how_to_fix="use a number from 0 (deterministic) to 1 (ancestral)")
     for i, (t, alpha_t, sigma_t, alpha_s, sigma_s) in enumerate(steps.pairs()):
         x0 = denoise(x, t).x0
-        eps = eps_from_x0(x, x0, alpha_t, sigma_t)
         b = max(sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2, 0.0)
         tau = eta * b**0.5 * sigma_s / sigma_t
-        x = alpha_s * x0 + max(sigma_s**2 - tau**2, 0.0) ** 0.5 * eps
+        x = flow_step(x, x0, alpha_t, sigma_t, alpha_s, max(sigma_s**2 - tau**2, 0.0) ** 0.5)
         if tau > 0:
             x = x + tau * fresh(noise, x, "ddim with eta > 0")
         x = report(callback, i, t, x, x0)

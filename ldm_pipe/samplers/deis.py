@@ -59,7 +59,7 @@ def deis(
             x = (alpha_s / alpha_t) * x
             weights = _weights([here - there for there, _ in past[:p]], half_log_snr(alpha_s, sigma_s) - here)
             for weight, (_, e) in zip(weights, past, strict=False):
-                x = x + (alpha_s * sigma_t / alpha_t * weight) * e
+                x = x.add(e, alpha=alpha_s * sigma_t / alpha_t * weight)
         x = report(callback, i, t, x, x0)
     return x
 

@@ -113,9 +113,10 @@ def extrapolate(past: Past, end: float, *, rate: float = 1.0, curvature: float =
     if not older:
         return x0
     h = end - now
+    if len(older) == 1:
+        before, last_x0 = older[0]
+        return last_x0.lerp(x0, 1 + 0.5 * h / (now - before))
     slopes = [(a - b) / (at - before) for (at, a), (before, b) in zip(past, older, strict=False)]
-    if len(slopes) == 1:
-        return x0 + (0.5 * h) * slopes[0]
     last, first = older[0][0], older[1][0]
     second = (slopes[0] - slopes[1]) / (now - first)  # divided difference: half of x0''
     slope = slopes[0] + (now - last) * second

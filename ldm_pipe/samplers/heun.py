@@ -105,4 +105,4 @@ def _heun_step(
     if alpha_t == 0 or sigma_s == 0:
         return x
     span = alpha_s * (sigma_t / alpha_t - sigma_s / alpha_s)
-    return x + 0.5 * span * (alpha_s / sigma_s) * (denoise(x, s).x0 - x0)
+    return x.add(denoise(x, s).x0 - x0, alpha=0.5 * span * (alpha_s / sigma_s))

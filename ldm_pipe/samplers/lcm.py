@@ -48,6 +48,6 @@ def lcm(
             x0 = d**2 / (u**2 + d**2) * x + u / (u**2 + d**2) ** 0.5 * x0
         x = alpha_s * x0
         if sigma_s > 0:
-            x = x + sigma_s * fresh(noise, x, "lcm")
+            x = x.add(fresh(noise, x, "lcm"), alpha=sigma_s)
         x = report(callback, i, t, x, x0)
     return x

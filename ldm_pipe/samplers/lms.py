@@ -55,7 +55,7 @@ def lms(
         if sigma_s > 0 or not lower_order_final:
             weights = lagrange_integrals([level for level, _ in past], sigma_s / alpha_s)
             for weight, (_, old) in zip(weights[1:], past[1:], strict=True):
-                x = x + alpha_s * weight * (old - eps)
+                x = x.add(old - eps, alpha=alpha_s * weight)
         x = report(callback, i, t, x, x0)
     return x
 

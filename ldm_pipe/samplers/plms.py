@@ -52,20 +52,14 @@ def plms(
         past = [eps, *past[:3]]
         if i == 0 and alpha_t > 0 and steps.num_steps > 1:
             ahead = flow_step(x, x0, alpha_t, sigma_t, alpha_s, sigma_s)
-            e = (eps + eps_from_x0(ahead, denoise(ahead, steps.t[1]).x0, alpha_s, sigma_s)) / 2
+            estimates = [eps, eps_from_x0(ahead, denoise(ahead, steps.t[1]).x0, alpha_s, sigma_s)]
+            weights: tuple[float, ...] = (1 / 2, 1 / 2)
         else:
-            e = _combine(past)
+            estimates, weights = past, ADAMS[len(past) - 1]
         x = flow_step(x, x0, alpha_t, sigma_t, alpha_s, sigma_s)  # transfer(x_t, eps)
         if alpha_t > 0:
-            x = x + (sigma_s - sigma_t * alpha_s / alpha_t) * (e - eps)
+            span = sigma_s - sigma_t * alpha_s / alpha_t
+            for weight, other in zip((weights[0] - 1, *weights[1:]), estimates, strict=True):  # e - eps
+                x = x.add(other, alpha=span * weight)
         x = report(callback, i, t, x, x0)
     return x
-
-
-def _combine(past: list[Tensor]) -> Tensor:
-    """Extrapolate the estimates of eps to the middle of the step."""
-    weights = ADAMS[len(past) - 1]
-    e = weights[0] * past[0]
-    for weight, eps in zip(weights[1:], past[1:], strict=True):
-        e = e.add(eps, alpha=weight)
-    return e

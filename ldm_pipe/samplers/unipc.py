@@ -81,7 +81,7 @@ def _step(x: Tensor, row: Row, past: Past, variant: Variant, arrived: Tensor | N
     if arrived is not None:
         points.append((1.0, arrived))
     for weight, (r, m) in zip(_weights([r for r, _ in points], h, variant), points, strict=True):
-        x_s = x_s - (alpha_s * weight / r) * (m - m0)
+        x_s = x_s.sub(m - m0, alpha=alpha_s * weight / r)
     return x_s
 
 
