@@ -56,7 +56,10 @@ class PreviewConfig:
 
 
 class PreviewDecoder(PretrainedModule):
-    """Map normalised latents to a picture, some hundred times as fast as the decoder they belong to.
+    """Map normalised latents to a picture, faster than the decoder they belong to.
+
+    Beside the emoji decoder (0.4 million weights, factor 4, one core): 110 times with the linear map, 8 times with 16
+    channels.
 
     Args:
         config: its shape.
