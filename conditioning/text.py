@@ -5,6 +5,7 @@ What enters: an encoder with its tokenizer, prompts. What leaves: a Condition. T
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -112,6 +113,12 @@ def tokenizer_of(encoder: PromptEncoder) -> FramedTokenizer:
     if encoder.tokenizer is None:
         raise LdmPipeError("there is no tokenizer", type(encoder).__name__, "Load with tokenizer=<folder>.")
     return encoder.tokenizer
+
+
+def ids_digest(encoder: PromptEncoder, texts: Sequence[str]) -> str:
+    """Hash what the tokenizer makes of texts: part of a cache's name, as the encoder's weights do not tell it."""
+    batch = tokenizer_of(encoder)([prepare(encoder, text) for text in texts], max_length=encoder.max_length)
+    return hashlib.sha256(batch.ids.numpy().tobytes() + batch.mask.numpy().tobytes()).hexdigest()
 
 
 def prepare(encoder: PromptEncoder, prompt: str) -> str:

@@ -6,8 +6,8 @@ of steps. This file knows neither the network nor guidance; prompt.py holds the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal
 
@@ -63,12 +63,9 @@ class PromptSchedule:
         tokens = (condition.tokens for stage in self.stages for condition in stage.conditions)
         return max(0 if value is None else value.shape[1] for value in tokens)
 
-    def pad(self, length: int) -> PromptSchedule:
-        """Lengthen every condition to one length; the mask hides what is added."""
-        stages = (
-            Stage(stage.first, stage.weights, tuple(condition.pad(length) for condition in stage.conditions))
-            for stage in self.stages
-        )
+    def map(self, change: Callable[[Condition], Condition]) -> PromptSchedule:
+        """Change every condition."""
+        stages = (replace(stage, conditions=tuple(map(change, stage.conditions))) for stage in self.stages)
         return PromptSchedule(tuple(stages))
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
 from conditioning.load import AnyTextEncoder, load_text_encoder
+from conditioning.text import ids_digest
 from ldm_pipe.data.cache import LatentCache, TextCache, caption_variants, module_hash
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.data.dataset import Records
@@ -75,7 +76,8 @@ def cache_inputs(
         return DiffusionData(mean, std, ids, table, token_mask=mask)
     with tqdm(total=len(texts) + 1, desc="captions") as bar:
         embeddings = TextCache.build(
-            config.cache_dir, [*texts, ""], text_encoder.encode, encoder_hash=module_hash(text_encoder),
+            config.cache_dir, [*texts, ""], text_encoder.encode,
+            encoder_hash=f"{module_hash(text_encoder)} {ids_digest(text_encoder, [*texts, ''])}",
             dtype=torch.float16, progress=lambda done, _: bar.update(done - bar.n) and None,
         )  # fmt: skip
     return DiffusionData(

@@ -22,7 +22,7 @@ from conditioning import (
 )
 from conditioning.joined import drop_each, drop_masks, join_all
 from conditioning.spatial import depth_condition, low_resolution, map_condition, one_hot_map, sobel_edges
-from conditioning.text import SDXL, SDXL_2
+from conditioning.text import SDXL, SDXL_2, ids_digest
 from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.cache import TextCache, module_hash
 from ldm_pipe.pretrained import LdmPipeError, save_tensors
@@ -155,6 +155,15 @@ def test_masks_and_pooled_vectors_are_cached(tmp_path: Path) -> None:
     assert torch.equal(cache.token_mask, expected.token_mask)
     assert torch.equal(cache.pooled, expected.pooled)
     assert module_hash(encoder) != module_hash(clip(SDXL))
+
+
+def test_another_tokenizer_or_text_has_another_digest() -> None:
+    encoder = clip()
+    digest = ids_digest(encoder, ["red apple", ""])
+    assert digest == ids_digest(clip(SDXL), ["red apple", ""])
+    assert digest != ids_digest(encoder, ["red apples", ""])
+    encoder.tokenizer = ClipTokenizer(TOKENIZER.vocab, TOKENIZER.merges[:3], max_length=12)
+    assert digest != ids_digest(encoder, ["red apple", ""])
 
 
 # Words of one's own
