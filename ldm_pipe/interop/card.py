@@ -31,6 +31,7 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
     }
     sizes = [f"- {part}: {sum(p.numel() for p in net.parameters()):,} parameters" for part, net in counts.items()]
     vae = parts.autoencoder
+    law = getattr(parts.schedule, "beta_schedule", type(parts.schedule).__name__)
     theirs = "LDMTextToImagePipeline" if isinstance(vae, VQModel) else "StableDiffusionPipeline"
     defaults = [f"- {key}: {_safe(value)}" for key, value in parts.defaults.to_json().items()]
     return "\n".join(
@@ -55,7 +56,7 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
             *sizes,
             f"- weights: {dtype}, safetensors",
             f"- latents: {vae.latent_channels} channels, one for {vae.factor} pixels a side",
-            f"- noise law: {parts.schedule.beta_schedule}, prediction {parts.schedule.prediction}",
+            f"- noise law: {law}, prediction {parts.schedule.prediction}",
             f"- sampler: {sampler}",
             "",
             "## Defaults (`ldm_pipe.json`)",

@@ -25,7 +25,7 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
 from conditioning import CLIPTextEncoder
-from ldm_pipe import law_file, schedule_config
+from ldm_pipe import law_file, samplers, schedule_config
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json, resolve_folder
 from ldm_pipe.schedule import Law
@@ -45,12 +45,6 @@ PARTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
-SAMPLERS = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "EulerDiscreteScheduler": "euler",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-}
 WEIGHTS = {
     **dict.fromkeys(("unet", "vae", "vqvae"), "diffusion_pytorch_model"),
     **dict.fromkeys(("text_encoder", "bert"), "model"),
@@ -160,7 +154,8 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
         raise LdmPipeError("a config must be a JSON object", str(root / "scheduler" / "scheduler_config.json"))
     defaults = Defaults.read(own.get("defaults", {}), str(root / OWN_FILE))
     if defaults.sampler is None:
-        defaults = replace(defaults, sampler=SAMPLERS.get(str(scheduler.get("_class_name"))))
+        named = schedule_config.sampler_name(scheduler)
+        defaults = replace(defaults, sampler=named if named in samplers.NAMES else None)
     common: dict[str, Any] = {"dtype": dtype, "variant": variant}
     with _config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", **common)
@@ -289,12 +284,19 @@ def write_folder(
 
 
 def _scheduler(law: Law, sampler: str) -> dict[str, Any]:
-    """Return diffusers' scheduler config where diffusers has what the law needs, else one of our own."""
-    try:
-        return law.to_config(sampler)
-    except LdmPipeError as error:
-        warnings.warn(f"diffusers cannot read this model: {error.what}", stacklevel=2)
-        return law_file.write(law)
+    """Return diffusers' scheduler config: of the sampler, of another one on this law, or else a file of our own."""
+    refused = []
+    for name in dict.fromkeys((sampler, "ddim", "euler")):
+        try:
+            config = law.to_config(name)
+        except LdmPipeError as error:
+            refused.append(error.what)
+            continue
+        if refused:
+            warnings.warn(f"diffusers will draw with {name}: {refused[0]}", stacklevel=2)
+        return config
+    warnings.warn(f"diffusers cannot read this model: {refused[0]}", stacklevel=2)
+    return law_file.write(law)
 
 
 def _state_dtype(path: Path) -> None:

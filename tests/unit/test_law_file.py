@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,13 @@ def test_a_pipeline_with_such_a_law_is_saved_loaded_and_draws(tmp_path: Path) ->
     assert back.schedule == pipe.schedule
     z = back("red apple", seed=0, num_inference_steps=3, sampler="euler", output_type="latent").images
     assert torch.isfinite(z).all()
+
+
+def test_a_sampler_that_diffusers_lacks_leaves_it_another(tmp_path: Path) -> None:
+    pipe = LatentDiffusionPipeline.from_pretrained(ROOT / "tests" / "data" / "tiny_pipeline")
+    pipe.defaults = replace(pipe.defaults, sampler="edm")
+    with pytest.warns(UserWarning, match="diffusers will draw with ddim"):
+        pipe.save_pretrained(tmp_path / "edm")
+    back = LatentDiffusionPipeline.from_pretrained(tmp_path / "edm")
+    assert (back.schedule, back.defaults.sampler) == (pipe.schedule, "edm")
+    assert back.schedule.config["_class_name"] == "DDIMScheduler"
