@@ -61,7 +61,7 @@ class SchedulerSampler:
 
     def needs_noise(self, eta: float) -> bool:
         """Return whether noise must be given: to all that take a generator, as only they know whether they draw."""
-        return "generator" in self._step_options
+        return "generator" in self._step_options or hasattr(self.scheduler, "noise_sampler_seed")
 
     @property
     def _step_options(self) -> Mapping[str, Any]:
@@ -92,6 +92,11 @@ class SchedulerSampler:
         scheduler = copy.deepcopy(self.scheduler)
         groups = _start_at(scheduler, self.law, self.steps.num_steps - steps.num_steps, self.steps.num_steps)
         options = self._options(noise, eta, len(x))
+        if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE draws from trees, or else from the global state
+            own = options.pop("generator")
+            scheduler.noise_sampler_seed = [
+                g.initial_seed() for g in (own if isinstance(own, list) else [own] * len(x))
+            ]
         state, shown = _enter(scheduler, x, groups[0][0]), x
         for i, group in enumerate(groups):
             if "order" in self._step_options:  # LMS counts from the first row of all, not from where it began

@@ -240,6 +240,21 @@ def test_a_learned_variance_reaches_the_scheduler() -> None:
     assert difference(mine, loop(scheduler, raw, 6, generator=torch.Generator().manual_seed(3))) < TOLERANCE
 
 
+def test_a_scheduler_that_draws_from_brownian_trees_is_seeded_by_sample() -> None:
+    """Without noise_sampler_seed it would take the global random state."""
+    pytest.importorskip("torchsde", reason="DPMSolverSDEScheduler needs it")
+    sampler = sampler_of(diffusers.DPMSolverSDEScheduler(**STEPPING), LAW, 6)
+    assert sampler.needs_noise(0.0)
+    together = draw(sampler, Denoiser(net, LAW), [7, 8])
+    assert torch.equal(draw(sampler, Denoiser(net, LAW), [7, 8]), together)
+    x = start()[1:] * sampler.steps.init_scale
+    alone = sampler(Denoiser(net, LAW), x, sampler.steps, noise=Noise([8]))
+    assert difference(alone[0], together[1]) < TOLERANCE
+    assert difference(draw(sampler, Denoiser(net, LAW), [7, 9])[1], together[1]) > 0.01
+    reference = diffusers.DPMSolverSDEScheduler(**STEPPING, noise_sampler_seed=[7, 8])
+    assert difference(loop(reference, net, 6), together) < 5 * TOLERANCE
+
+
 def test_what_is_no_scheduler_is_refused() -> None:
     for wrong in (diffusers.DDIMScheduler, "ddim", object()):
         with pytest.raises(LdmPipeError, match="no scheduler object"):
