@@ -22,7 +22,7 @@ from ldm_pipe.outputs import LatentDiffusionOutput, real_number, whole_number
 from ldm_pipe.png_info import PngInfo
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import Request, check_request
-from ldm_pipe.samplers.inversion import ddim_inversion
+from ldm_pipe.samplers import ddim_inversion
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline

