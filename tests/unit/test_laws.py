@@ -42,8 +42,8 @@ def test_t_of_is_inverse_to_alpha_sigma(name: str, u: float) -> None:
     back = law.t_of(half)
     if math.isfinite(float(half)):
         assert float(back) == pytest.approx(float(t), rel=1e-7, abs=1e-7 * high)
-        # where alpha or sigma round to 1, t cannot be told: compare levels
-        assert float(law.log_snr(back)) == pytest.approx(float(half) * 2, rel=1e-6, abs=1e-6)
+        if abs(float(half)) < 18:  # beyond, 1 - t has no digits left
+            assert float(law.log_snr(back)) == pytest.approx(float(half) * 2, rel=1e-6, abs=1e-6)
     else:
         assert float(back) == float(t)
 
