@@ -20,6 +20,7 @@ from ldm_pipe.denoiser import Denoiser
 from ldm_pipe.noise import Draw, Noise
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import q_sample
+from ldm_pipe.prompting import Plan
 from ldm_pipe.schedule import Steps
 from ldm_pipe.stepping import Interrupted, Restore, StepHook
 from ldm_pipe.thresholding import threshold
@@ -145,11 +146,19 @@ def _restore(steps: Steps, mask: Tensor, z0: Tensor, eps: Tensor) -> Restore:
 
 
 def build_denoise(
-    pipe: LatentDiffusionPipeline, request: Request, cond: Condition, uncond: Condition | None, scale: float
+    pipe: LatentDiffusionPipeline,
+    request: Request,
+    cond: Condition,
+    uncond: Condition | None,
+    scale: float,
+    plan: Plan | None = None,
+    i: int = 0,
 ) -> Callable[[Tensor, Tensor], Any]:
-    """Build (x_t, t) -> x0: the network under guidance, then thresholding."""
+    """Build (x_t, t) -> x0 of step i: the network under guidance, then thresholding; a plan knows better conditions."""
     net = Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction)
-    if uncond is None or scale <= 1:
+    if plan is not None:
+        denoise = plan.denoise(net, i, scale, request.guidance_rescale, Condition(spatial=cond.spatial))
+    elif uncond is None or scale <= 1:
         denoise = guidance.cfg(net, cond, None, 1.0)
     else:
         denoise = guidance.cfg(net, cond, uncond, scale, rescale=request.guidance_rescale)
@@ -176,25 +185,38 @@ def sample(
     cond: Condition,
     uncond: Condition | None,
     restore: Restore | None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Walk down the steps, from x_t to z; what changes during a call lives here, not in the pipeline."""
     view = copy.copy(pipe)
     view.begin_call(request.guidance_scale, steps.num_steps)
-    denoise = [build_denoise(pipe, request, cond, uncond, request.guidance_scale)]
+    denoise, step = [build_denoise(pipe, request, cond, uncond, request.guidance_scale, plan)], [-1]
 
     def rebuild(embeddings: dict[str, Any], scale: float) -> None:
         new_cond = replace(cond, tokens=embeddings["prompt_embeds"])
         new_uncond = None if uncond is None else replace(uncond, tokens=embeddings["negative_prompt_embeds"])
-        denoise[0] = build_denoise(pipe, request, new_cond, new_uncond, scale)
+        given = (embeddings["prompt_embeds"], embeddings["negative_prompt_embeds"])
+        if plan is not None and any(a is not b for a, b in zip(given, told, strict=True)):
+            advice = 'Use prompt_syntax="plain" where a callback changes prompt_embeds.'
+            raise LdmPipeError("a callback changed embeddings of a prompt with a grammar", "sampling", advice)
+        denoise[0] = build_denoise(pipe, request, new_cond, new_uncond, scale, plan, step[0] + 1)
+
+    def advance(i: int) -> None:
+        bar.update(max(i + 1 - bar.n, 0))  # restart visits rows again
+        step[0] = i
+        if plan is not None and plan.changes(i + 1):
+            denoise[0] = build_denoise(pipe, request, cond, uncond, view.guidance_scale, plan, i + 1)
+
+    told = (cond.tokens, uncond.tokens if uncond else None)
 
     before = pipe.num_interrupts
     with pipe.on_device(pipe.unet), pipe.progress_bar(steps.num_steps) as bar:
         hook = StepHook(
             view,
             request,
-            advance=lambda i: bar.update(max(i + 1 - bar.n, 0)),  # restart visits rows again
+            advance=advance,
             interrupted=lambda: view.num_interrupts > 0 or pipe.num_interrupts != before,
-            embeddings={"prompt_embeds": cond.tokens, "negative_prompt_embeds": uncond.tokens if uncond else None},
+            embeddings={"prompt_embeds": told[0], "negative_prompt_embeds": told[1]},
             rebuild=rebuild,
             restore=restore,
         )

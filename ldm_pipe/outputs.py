@@ -196,6 +196,7 @@ def picture_infos(request: Request, model: str, model_hash: str | None) -> list[
         "Guidance rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
         "Thresholding": None if rule.kind == "none" else threshold + ("" if rule.cap == math.inf else f" {rule.cap:g}"),
         "Clip skip": request.clip_skip,
+        "Prompt syntax": request.syntax,
         "Denoising strength": None if request.image is None else f"{request.strength:g}",
     }
     infos = []

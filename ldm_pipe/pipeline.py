@@ -25,6 +25,7 @@ from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
 from ldm_pipe.placement import Placement, read_dtype
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.prompting import plan_prompts
 from ldm_pipe.request import Request, check_request
 from ldm_pipe.request_prompts import check_text
 from ldm_pipe.schedule import Law
@@ -232,6 +233,7 @@ class LatentDiffusionPipeline(Placement):
         image: Any = None,
         strength: float | None = None,
         mask_image: Any = None,
+        prompt_syntax: str | Mapping[str, Any] = "plain",
         deterministic_batch: bool = False,
         return_latents: bool = False,
     ) -> LatentDiffusionOutput | tuple[Any, Any]:
@@ -256,6 +258,7 @@ class LatentDiffusionPipeline(Placement):
             image, strength: start from a diffused picture (SDEdit, arXiv:2108.01073); strength 0.8, with a mask 1.0.
             mask_image: paint only where it is white; elsewhere the pixels of `image` come back unchanged.
             callback_on_step_end: called as (pipe, i, t, tensors) after each step; returns the tensors.
+            prompt_syntax: "weighted" reads `(red:1.3)`, `AND`, `[from:to:when]`, `BREAK` (docs/conditioning.md).
             deterministic_batch: draw one by one, so that a picture has the same bits in any batch.
             return_latents: also return what the pictures were decoded from.
         Returns: LatentDiffusionOutput, or (images, None) for return_dict=False.
@@ -364,13 +367,14 @@ class LatentDiffusionPipeline(Placement):
     def _draw(self, request: Request) -> tuple[Tensor, Tensor]:
         """Run the three stages for one batch: (z, image)."""
         try:
-            cond, uncond = drawing.encode_prompts(self, request)
             steps = drawing.choose_steps(request)
+            plan = plan_prompts(self, request, steps.num_steps)
+            cond, uncond = drawing.encode_prompts(self, request) if plan is None else plan.first
             noise = drawing.noise_source(request)
             x, spatial, restore = drawing.start(self, request, steps, noise)
             if spatial is not None:
                 cond, uncond = (c if c is None else c.join(Condition(spatial=spatial)) for c in (cond, uncond))
-            z = drawing.sample(self, request, x, steps, noise, cond, uncond, restore)
+            z = drawing.sample(self, request, x, steps, noise, cond, uncond, restore, plan)
             return z, z if request.output_type == "latent" else self._decode(z)
         except torch.OutOfMemoryError as error:
             what = f"out of memory for {request.num_pictures} pictures of {request.width}x{request.height}"

@@ -29,6 +29,7 @@ from ldm_pipe.outputs import (
     whole_number,
 )
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.prompting import PromptSyntax
 from ldm_pipe.request_prompts import check_embeds, check_negatives, check_prompts
 from ldm_pipe.request_steps import Sampling, check_sampling
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler
@@ -69,6 +70,7 @@ class Request:
     callback_inputs: tuple[str, ...]
     source: Callable[[], Draw] | None = None  # starts the noise of the call anew, where seeds do not say it all
     conditions: tuple[Condition, Condition | None] | None = None  # in place of texts and embeddings
+    syntax: PromptSyntax | None = None  # None: prompts are plain
 
     @property
     def guided(self) -> bool:
@@ -116,7 +118,11 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     num_steps = _model_default(given["num_inference_steps"], pipe.defaults.num_inference_steps)
     sampling = check_sampling(pipe, given, num_steps, (height // pipe.factor) * (width // pipe.factor))
     seeds, generators = _check_randomness(given["seed"], given["generator"], count)
+    syntax = PromptSyntax.read(given["prompt_syntax"])
+    if syntax is not None:
+        syntax.check(prompts or (), negatives)
     return Request(
+        syntax=syntax,
         prompts=_spread(prompts, per_prompt),
         negatives=_spread(negatives, per_prompt),
         prompt_embeds=None if embeds[0] is None else embeds[0].repeat_interleave(per_prompt, dim=0),
