@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 MAX_FRAMES = 10_000
 MAX_REFINEMENTS = 100
 IN_BOTH_DIRECTIONS = ("image", "prompt", "height", "width", "num_inference_steps", "spacing", "clip_skip")
-NOT_IN_INVERT = ("latents", "mask_image", "generator", "num_images_per_prompt", "callback_on_step_end")
+NOT_IN_INVERT = (
+    "latents", "mask_image", "generator", "num_images_per_prompt", "callback_on_step_end", "prompt_syntax",
+)  # fmt: skip
 NOT_ON_A_WAY = (
     "image", "mask_image", "strength", "generator", "prompt_embeds", "negative_prompt_embeds", "num_images_per_prompt",
-    "deterministic_batch",
+    "deterministic_batch", "prompt_syntax",
 )  # fmt: skip
-NOT_IN_VARY = ("image", "mask_image", "strength", "generator", "latents", "prompt_embeds", "deterministic_batch")
+NOT_IN_VARY = (
+    "image", "mask_image", "strength", "generator", "latents", "prompt_embeds", "deterministic_batch", "prompt_syntax",
+)  # fmt: skip
 
 
 @dataclass
