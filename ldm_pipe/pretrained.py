@@ -273,6 +273,7 @@ class PretrainedModule(nn.Module):
 
     weights_name: ClassVar[str] = "diffusion_pytorch_model"
     class_name: ClassVar[str | None] = None
+    other_class_names: ClassVar[tuple[str, ...]] = ()  # that `from_config` also builds
     config: FrozenConfig
 
     @classmethod
@@ -313,7 +314,7 @@ class PretrainedModule(nn.Module):
         if not isinstance(config, dict):
             raise LdmPipeError("a config must be a JSON object", str(root / "config.json"))
         written = config.get("_class_name")
-        if cls.class_name and written and written != cls.class_name:
+        if cls.class_name and written and written not in (cls.class_name, *cls.other_class_names):
             what = f"the folder holds a {written}, not a {cls.class_name}"
             raise LdmPipeError(what, str(root), "Give the folder of the right component.")
         with torch.device("meta"), _NoNormalDraws():

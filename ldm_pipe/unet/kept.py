@@ -20,9 +20,10 @@ class Kept:
     is kept, as under autograd, where every evaluation needs a graph of its own.
     """
 
-    def __init__(self, tokens: Tensor, *, keep: bool) -> None:
-        """Hold the tokens."""
+    def __init__(self, tokens: Tensor, *, keep: bool, given: Tensor | None = None) -> None:
+        """Hold the tokens; `given`: as they were before a first projection."""
         self.tokens, self.keep = tokens, keep
+        self.given = tokens if given is None else given
         self._made: dict[nn.Module, Any] = {}
 
     def once(self, module: nn.Module, make: Callable[[], ValueT]) -> ValueT:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, the embedding of t added between them (Ho et al. 2020, arXiv:2006.11239, appendix B)."""
+    """Two convolutions, the embedding of t added between them (Ho et al. 2020, arXiv:2006.11239, appendix B).
+
+    With `scale_shift` it scales and shifts the second norm instead; with `resample` the resolution changes within the
+    block, by averaging or repeating (both: Dhariwal & Nichol 2021, arXiv:2105.05233, section 3).
+    """
 
     def __init__(
         self,
@@ -87,23 +92,36 @@ class ResidualBlock(nn.Module):
         activation: str,
         dropout: float,
         scale_factor: float = 1.0,
+        scale_shift: bool = False,
+        resample: Literal["down", "up"] | None = None,
     ) -> None:
         """Build the block; the sum is divided by `scale_factor`."""
         super().__init__()
         self.norm1 = GroupNorm(num_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(emb_dim, out_channels)
+        self.time_emb_proj = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(num_groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.activation = ACTIVATIONS[activation]
-        self.dropout, self.scale_factor = dropout, scale_factor
+        self.dropout, self.scale_factor, self.scale_shift = dropout, scale_factor, scale_shift
+        self.resample = resample
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Map features (B, C, h, w); `emb` (B, E) has been through the activation already."""
-        h = self.conv1(self.activation(self.norm1(x)))
-        h = h + self.time_emb_proj(emb)[:, :, None, None]
-        h = self.activation(self.norm2(h))
+    def _resample(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, size=size, mode="nearest") if self.resample == "up" else x
+
+    def forward(self, x: Tensor, emb: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map features (B, C, h, w), to `size` on the way up; `emb` (B, E) has been through the activation already."""
+        h = self.conv1(self._resample(self.activation(self.norm1(x)), size))
+        x = self._resample(x, size)
+        emb = self.time_emb_proj(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.activation(self.norm2(h) * (1 + scale) + shift)
+        else:
+            h = self.activation(self.norm2(h + emb))
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout)
         h = self.conv2(h)

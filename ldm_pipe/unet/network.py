@@ -6,7 +6,8 @@ knows neither noise schedules nor what the prediction means (that is `denoiser.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -15,10 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
 from ldm_pipe.unet.attention import Attention, SpatialTransformer, choose_attention, mask_to_bias
-from ldm_pipe.unet.config import DEFAULTS, read_config, write_config
+from ldm_pipe.unet.config import DEFAULTS, NORM_TOKENS_GROUPS, read_config, write_config
+from ldm_pipe.unet.config_2d import DEFAULTS_2D, read_config_2d
+from ldm_pipe.unet.fields import refuse
 from ldm_pipe.unet.kept import Kept
 from ldm_pipe.unet.layers import ACTIVATIONS, Downsample, GroupNorm, ResidualBlock, Upsample, VectorEmbedding, sinusoid
-from ldm_pipe.unet.spec import EmbeddingSpec, LevelSpec, UNetSpec
+from ldm_pipe.unet.picture_attention import PictureAttention, PooledTokens
+from ldm_pipe.unet.spec import AttentionKind, EmbeddingSpec, LevelSpec, UNetSpec
 
 
 class Stage(nn.Module):
@@ -31,16 +35,16 @@ class Stage(nn.Module):
         self,
         direction: Literal["down", "mid", "up"],
         resnets: list[ResidualBlock],
-        attentions: list[SpatialTransformer],
-        resampler: Downsample | Upsample | None = None,
+        attentions: Sequence[SpatialTransformer | PictureAttention],
+        resampler: Downsample | Upsample | ResidualBlock | None = None,
     ) -> None:
         """Hold the parts; absent kinds leave no key."""
         super().__init__()
         self.direction, self.checkpointing = direction, False
         self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
-        self.downsamplers = nn.ModuleList([resampler] if isinstance(resampler, Downsample) else [])
-        self.upsamplers = nn.ModuleList([resampler] if isinstance(resampler, Upsample) else [])
+        self.downsamplers = nn.ModuleList([resampler] if resampler is not None and direction == "down" else [])
+        self.upsamplers = nn.ModuleList([resampler] if resampler is not None and direction == "up" else [])
 
     def _run(self, module: nn.Module, *args: Tensor | Kept | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -58,14 +62,22 @@ class Stage(nn.Module):
             if self.direction == "down":
                 skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x)
+            x = downsampler(x, emb) if isinstance(downsampler, ResidualBlock) else downsampler(x)
             skips.append(x)
         for upsampler in self.upsamplers:
-            x = upsampler(x, tuple(skips[-1].shape[-2:]), kept)
+            size = (skips[-1].shape[-2], skips[-1].shape[-1])
+            x = upsampler(x, emb, size) if isinstance(upsampler, ResidualBlock) else upsampler(x, size, kept)
         return x
 
 
-def _residual(spec: UNetSpec, in_channels: int, out_channels: int, scale_factor: float = 1.0) -> ResidualBlock:
+def _residual(
+    spec: UNetSpec,
+    in_channels: int,
+    out_channels: int,
+    *,
+    scale_factor: float | None = None,
+    resample: Literal["down", "up"] | None = None,
+) -> ResidualBlock:
     emb = spec.embedding
     return ResidualBlock(
         in_channels,
@@ -75,8 +87,31 @@ def _residual(spec: UNetSpec, in_channels: int, out_channels: int, scale_factor:
         eps=spec.norm_eps,
         activation=spec.activation,
         dropout=spec.dropout,
-        scale_factor=scale_factor,
+        scale_factor=spec.residual_scale if scale_factor is None else scale_factor,
+        scale_shift=spec.scale_shift,
+        resample=resample,
     )
+
+
+def _attentions(
+    spec: UNetSpec, level: LevelSpec, kind: AttentionKind, depths: tuple[int, ...]
+) -> Sequence[SpatialTransformer | PictureAttention]:
+    """Build what follows the residual blocks of a level, one for each depth."""
+    match kind:
+        case "none":
+            return []
+        case "transformer":
+            return _transformers(spec, level, depths)
+        case "picture":
+            groups, eps = spec.num_groups, spec.norm_eps
+            return [PictureAttention(level.channels, level.num_heads, num_groups=groups, eps=eps) for _ in depths]
+        case "joint":
+            return [_joint(spec, level.channels, level.num_heads, level.cross_dim, level.only_cross) for _ in depths]
+
+
+def _joint(spec: UNetSpec, channels: int, num_heads: int, token_dim: int, only_cross: bool) -> PictureAttention:
+    tokens = {"token_dim": token_dim, "token_groups": NORM_TOKENS_GROUPS if spec.norm_tokens else 0}
+    return PictureAttention(channels, num_heads, num_groups=spec.num_groups, only_tokens=only_cross, **tokens)
 
 
 def _transformers(spec: UNetSpec, level: LevelSpec, depths: tuple[int, ...]) -> list[SpatialTransformer]:
@@ -99,27 +134,30 @@ def _down_stage(spec: UNetSpec, index: int) -> Stage:
     level = spec.levels[index]
     before = spec.levels[max(index - 1, 0)].channels
     resnets = [_residual(spec, before if i == 0 else level.channels, level.channels) for i in range(level.num_residual)]
-    attentions = [] if level.down_attention == "none" else _transformers(spec, level, level.down_depths)
-    last = index == len(spec.levels) - 1
-    down = None if last else Downsample(level.channels, asymmetric=spec.resampling == "conv_asymmetric")
+    attentions = _attentions(spec, level, level.down_attention, level.down_depths)
+    if index == len(spec.levels) - 1:
+        return Stage("down", resnets, attentions)
+    if level.down_resampling == "residual":
+        return Stage("down", resnets, attentions, _residual(spec, level.channels, level.channels, resample="down"))
+    down = Downsample(level.channels, asymmetric=level.down_resampling == "conv_asymmetric")
     return Stage("down", resnets, attentions, down)
 
 
 def _mid_stage(spec: UNetSpec) -> Stage:
     channels, mid = spec.levels[-1].channels, spec.mid
-    resnets = [_residual(spec, channels, channels, mid.scale_factor)]
-    if mid.kind == "residual":
-        return Stage("mid", resnets, [])
-    transformer = SpatialTransformer(
-        channels,
-        mid.num_heads,
-        mid.depth,
-        mid.cross_dim,
-        num_groups=spec.num_groups,
-        linear=spec.linear_projection,
-        upcast=spec.upcast_attention,
-    )
-    return Stage("mid", [*resnets, _residual(spec, channels, channels, mid.scale_factor)], [transformer])
+    count = 1 if mid.kind == "residual" else 2
+    resnets = [_residual(spec, channels, channels, scale_factor=mid.scale_factor) for _ in range(count)]
+    attentions: list[SpatialTransformer | PictureAttention] = []
+    match mid.kind:
+        case "transformer":
+            level = replace(spec.levels[-1], num_heads=mid.num_heads, cross_dim=mid.cross_dim, only_cross=False)
+            attentions += _transformers(spec, level, (mid.depth,))
+        case "joint":
+            attentions.append(_joint(spec, channels, mid.num_heads, mid.cross_dim, mid.only_cross))
+        case "picture":
+            norm = {"num_groups": mid.attention_groups, "eps": spec.norm_eps}
+            attentions.append(PictureAttention(channels, mid.num_heads, scale_factor=mid.scale_factor, **norm))
+    return Stage("mid", resnets, attentions)
 
 
 def _up_stage(spec: UNetSpec, index: int) -> Stage:
@@ -133,8 +171,12 @@ def _up_stage(spec: UNetSpec, index: int) -> Stage:
         from_below = below if i == 0 else level.channels
         from_down = above if i == count - 1 else level.channels
         resnets.append(_residual(spec, from_below + from_down, level.channels))
-    attentions = [] if level.up_attention == "none" else _transformers(spec, level, level.up_depths)
-    return Stage("up", resnets, attentions, Upsample(level.channels) if index else None)
+    attentions = _attentions(spec, level, level.up_attention, level.up_depths)
+    if index == 0:
+        return Stage("up", resnets, attentions)
+    if level.up_resampling == "residual":
+        return Stage("up", resnets, attentions, _residual(spec, level.channels, level.channels, resample="up"))
+    return Stage("up", resnets, attentions, Upsample(level.channels))
 
 
 def _class_embedding(emb: EmbeddingSpec, sinusoid_dim: int, activation: str) -> nn.Module | None:
@@ -153,6 +195,10 @@ def _class_embedding(emb: EmbeddingSpec, sinusoid_dim: int, activation: str) -> 
             return nn.Linear(emb.vector_dim, emb.time_dim)
 
 
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    return DEFAULTS_2D if config.get("_class_name") == "UNet2DModel" else DEFAULTS
+
+
 def _needed(slot: Tensor | None, name: str, reason: str) -> Tensor:
     if slot is None:
         raise LdmPipeError(f"{name} is missing", "U-Net", f"This network reads it ({reason}).")
@@ -162,10 +208,12 @@ def _needed(slot: Tensor | None, name: str, reason: str) -> Tensor:
 class UNet(PretrainedModule):
     """Predict noise (or x0, or v) from x_t, t and a condition (Rombach et al. 2022, arXiv:2112.10752).
 
-    Keys, attribute names and config are those of diffusers' `UNet2DConditionModel`.
+    Keys, attribute names and config are those of diffusers' `UNet2DConditionModel`, or of its `UNet2DModel` where
+    nothing reads tokens and the config says so.
     """
 
     class_name = "UNet2DConditionModel"
+    other_class_names = ("UNet2DModel",)
 
     def __init__(self, spec: UNetSpec, config: Mapping[str, Any] | None = None) -> None:
         """Build the network with random weights.
@@ -176,7 +224,8 @@ class UNet(PretrainedModule):
         """
         super().__init__()
         self.spec = spec
-        self.config = FrozenConfig(write_config(spec) if config is None else {**DEFAULTS, **config})
+        config = write_config(spec) if config is None else config
+        self.config = FrozenConfig({**_defaults(config), **config})
         first, emb = spec.levels[0].channels, spec.embedding
         self.conv_in = nn.Conv2d(spec.in_channels, first, spec.in_kernel, padding=(spec.in_kernel - 1) // 2)
         self.time_embedding = VectorEmbedding(first, emb.time_dim, spec.activation)
@@ -184,7 +233,10 @@ class UNet(PretrainedModule):
             self.encoder_hid_proj = nn.Linear(spec.token_dim, spec.levels[0].cross_dim)
         self.class_embedding = _class_embedding(emb, first, spec.activation)
         if emb.number_dim:
-            self.add_embedding = VectorEmbedding(emb.vector_dim, emb.time_dim)
+            self.add_embedding: nn.Module = VectorEmbedding(emb.vector_dim, emb.time_dim)
+        elif emb.pool_heads:
+            width = spec.token_dim or spec.levels[0].cross_dim
+            self.add_embedding = PooledTokens(width, emb.time_dim, emb.pool_heads)
         indices = range(len(spec.levels))
         self.down_blocks = nn.ModuleList(_down_stage(spec, i) for i in indices)
         self.mid_block = None if spec.mid.kind == "none" else _mid_stage(spec)
@@ -199,11 +251,9 @@ class UNet(PretrainedModule):
         Raises: LdmPipeError naming the field and value that cannot be represented.
         """
         written = config.get("_class_name", cls.class_name)
-        if written != cls.class_name:
-            raise LdmPipeError(
-                f"_class_name = {written!r} cannot be represented", "U-Net config", f"Allowed: {cls.class_name}."
-            )
-        return cls(read_config(config), config)
+        if written not in (cls.class_name, *cls.other_class_names):
+            raise refuse("_class_name", written, ", ".join((cls.class_name, *cls.other_class_names)))
+        return cls(read_config(config) if written == cls.class_name else read_config_2d(config), config)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Save memory in training: blocks are computed again on the way back (Chen et al. 2016, arXiv:1604.06174)."""
@@ -216,12 +266,14 @@ class UNet(PretrainedModule):
 
         Raises: LdmPipeError with the reason, where xformers has no operator that runs for these weights.
         """
-        modules = [module for module in self.modules() if isinstance(module, Attention)]
+        modules = [module for module in self.modules() if isinstance(module, (Attention, PictureAttention))]
         for module in modules:
             head_dim = module.to_q.out_features // module.num_heads
             module.attend = choose_attention(name, device=self.device, dtype=self.dtype, head_dim=head_dim)
 
-    def _embed(self, x: Tensor, t: Tensor | float, pooled: Tensor | None, labels: Tensor | None) -> Tensor:
+    def _embed(
+        self, x: Tensor, t: Tensor | float, pooled: Tensor | None, labels: Tensor | None, kept: Kept | None
+    ) -> Tensor:
         """Embed t, and what is added to it: (B, E)."""
         spec = self.spec.embedding
         dim = self.spec.levels[0].channels
@@ -237,6 +289,8 @@ class UNet(PretrainedModule):
                 given = _needed(pooled, "pooled", f"class_embed_type {spec.class_kind!r}").to(x.dtype)
             extra = self.class_embedding(given)
             emb = torch.cat([emb.expand_as(extra), extra], dim=-1) if spec.concat_class else emb + extra
+        if spec.pool_heads and kept is not None:
+            emb = emb + kept.once(self.add_embedding, lambda: self.add_embedding(kept.given))
         elif spec.number_dim:
             vector = _needed(pooled, "pooled", "addition_embed_type 'text_time'")
             numbers = sinusoid(
@@ -278,8 +332,10 @@ class UNet(PretrainedModule):
             x = 2.0 * x - 1.0
         if labels is not None and self.class_embedding is None and not self.spec.embedding.number_dim:
             raise LdmPipeError("labels were given, but this U-Net reads none", "U-Net", "Leave labels out.")
-        emb = ACTIVATIONS[self.spec.activation](self._embed(x, t, pooled, labels))  # every residual block starts so
         kept, bias = self._prepare_tokens(tokens, token_mask)
+        emb = self._embed(x, t, pooled, labels, kept)
+        if not self.spec.bare_embedding:
+            emb = ACTIVATIONS[self.spec.activation](emb)  # every residual block starts so
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
@@ -292,10 +348,12 @@ class UNet(PretrainedModule):
 
     def keep_tokens(self, tokens: Tensor) -> Kept:
         """Take the tokens (B, L, D) of many evaluations with the same weights: what these share is computed once."""
-        return Kept(self._project_tokens(tokens), keep=True)
+        return Kept(self._project_tokens(tokens), keep=True, given=tokens)
 
     def _project_tokens(self, tokens: Tensor) -> Tensor:
         width = self.spec.token_dim or self.spec.levels[0].cross_dim
+        if not width:
+            raise LdmPipeError("tokens were given, but this U-Net reads none", "U-Net", "Leave tokens out.")
         if tokens.ndim != 3 or tokens.shape[-1] != width:
             what = f"tokens of shape {tuple(tokens.shape)}, expected (B, L, {width})"
             raise LdmPipeError(what, "U-Net", "Use the text encoder that this U-Net was trained with.")
@@ -305,8 +363,8 @@ class UNet(PretrainedModule):
         self, tokens: Tensor | Kept | None, token_mask: Tensor | None
     ) -> tuple[Kept | None, Tensor | None]:
         if tokens is None:
-            if any(isinstance(module, Attention) for module in self.modules()):
+            if self.spec.reads_tokens:
                 raise LdmPipeError("tokens are missing", "U-Net", "Give the encoded prompt as tokens (B, L, D).")
             return None, None
-        kept = tokens if isinstance(tokens, Kept) else Kept(self._project_tokens(tokens), keep=False)
+        kept = tokens if isinstance(tokens, Kept) else Kept(self._project_tokens(tokens), keep=False, given=tokens)
         return kept, None if token_mask is None else mask_to_bias(token_mask, kept.tokens.dtype)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-AttentionKind = Literal["none", "transformer"]
-Resampling = Literal["conv", "conv_asymmetric"]
-MidKind = Literal["none", "residual", "transformer"]
+# "transformer": blocks of self-attention, attention to tokens, feed-forward (Stable Diffusion); "picture": positions to
+# each other (ADM, LDM without text); "joint": to each other and to the tokens at once (IF, Karlo)
+AttentionKind = Literal["none", "transformer", "picture", "joint"]
+Resampling = Literal["conv", "conv_asymmetric", "residual"]
+MidKind = Literal["none", "residual", "two_residual", "transformer", "picture", "joint"]
 ClassEmbedding = Literal["none", "table", "timestep", "identity", "projection", "simple_projection"]
 
 
@@ -18,7 +20,8 @@ ClassEmbedding = Literal["none", "table", "timestep", "identity", "projection", 
 class LevelSpec:
     """One resolution: `num_residual` blocks on the way down and one more on the way up.
 
-    `down_depths` and `up_depths` hold the number of transformer blocks after each residual block.
+    `down_depths` and `up_depths` hold the number of transformer blocks after each residual block. `num_heads` and
+    `cross_dim` are 0 where nothing reads them.
     """
 
     channels: int
@@ -30,6 +33,8 @@ class LevelSpec:
     num_heads: int
     cross_dim: int
     only_cross: bool
+    down_resampling: Resampling
+    up_resampling: Resampling
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class MidSpec:
     num_heads: int
     cross_dim: int
     scale_factor: float
+    only_cross: bool = False
+    attention_groups: int = 0  # of the norm before attention among positions; 0: no norm
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class EmbeddingSpec:
     vector_dim: int  # width of the pooled vector (with the embedded numbers, for text_time); 0: none
     concat_class: bool
     number_dim: int  # text_time: width of the sinusoid of each number in `labels`; 0: none
+    pool_heads: int = 0  # heads of the attention that pools the tokens into a vector; 0: none
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,17 @@ class UNetSpec:
     dropout: float
     linear_projection: bool
     upcast_attention: bool
-    resampling: Resampling
     center_input: bool
     in_kernel: int
     out_kernel: int
     token_dim: int  # width of the tokens before a first projection; 0: no such projection
+    scale_shift: bool = False  # the embedding scales and shifts the second norm of a residual block
+    bare_embedding: bool = False  # residual blocks project the embedding without an activation
+    residual_scale: float = 1.0  # residual sums outside the mid block are divided by it
+    norm_tokens: bool = False  # "joint" attention normalises the tokens first
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Tell whether any part looks at tokens."""
+        used = {kind for level in self.levels for kind in (level.down_attention, level.up_attention)} | {self.mid.kind}
+        return bool(used & {"transformer", "joint"}) or self.embedding.pool_heads > 0
