@@ -7,7 +7,7 @@ from conditioning.concepts import load_concept
 from conditioning.condition import Condition, TextEncoder
 from conditioning.image import CLIPImageEncoder
 from conditioning.label import LabelEncoder
-from conditioning.load import load_text_encoder
+from conditioning.load import AnyTextEncoder, load_text_encoder
 from conditioning.openclip import OpenCLIPTextEncoder
 from conditioning.sizes import size_condition
 from conditioning.spatial import SpatialRescaler
@@ -18,6 +18,7 @@ from conditioning.transformer import TransformerTextEncoder
 from conditioning.weighted import encode_weighted
 
 __all__ = [
+    "AnyTextEncoder",
     "CLIPImageEncoder",
     "CLIPTextEncoder",
     "ClipTokenizer",

@@ -7,6 +7,7 @@ code to run.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,11 @@ AnyTextEncoder = CLIPTextEncoder | OpenCLIPTextEncoder | T5TextEncoder | Transfo
 
 
 def load_text_encoder(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
 ) -> AnyTextEncoder:
     """Load a component folder, or the `text_encoder` of a larger one, with whichever encoder wrote it.
 
@@ -30,20 +35,21 @@ def load_text_encoder(
     root = Path(folder)
     if not (root / "config.json").is_file() and (root / "text_encoder").is_dir():
         root = root / "text_encoder"
+    common: dict[str, Any] = {"dtype": dtype, "device": device, "variant": variant}
     if (root / THEIR_CONFIG).is_file():
-        return OpenCLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+        return OpenCLIPTextEncoder.from_pretrained(root, **common)
     config = read_json(root / "config.json")
     kind = config.get("model_type") or config.get("_class_name")
     match kind:
         case "clip_text_model":
-            return CLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+            return CLIPTextEncoder.from_pretrained(root, **common)
         case "ldmbert":
-            return TransformerTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+            return TransformerTextEncoder.from_pretrained(root, **common)
         case OpenCLIPTextEncoder.class_name:
-            return OpenCLIPTextEncoder.from_pretrained(root, dtype=dtype, device=device)
+            return OpenCLIPTextEncoder.from_pretrained(root, **common)
         case LabelEncoder.class_name:
-            return LabelEncoder.from_pretrained(root, dtype=dtype, device=device)
+            return LabelEncoder.from_pretrained(root, **common)
         case _ if kind in CLASSES:
-            return T5TextEncoder.from_pretrained(root, dtype=dtype, device=device)
+            return T5TextEncoder.from_pretrained(root, **common)
     known = ["clip_text_model", "ldmbert", OpenCLIPTextEncoder.class_name, LabelEncoder.class_name, *CLASSES]
     raise LdmPipeError(f"the text encoder is a {kind!r:.80}", str(root), f"Known: {', '.join(known)}.")

@@ -26,6 +26,7 @@ from ldm_pipe.pretrained import (
     FrozenConfig,
     LdmPipeError,
     PretrainedModule,
+    atomic_write,
     check_tensors,
     load_folder_tensors,
     load_tensors,
@@ -53,6 +54,10 @@ class OpenClipTokenizer(FramedTokenizer):
     def __len__(self) -> int:
         """Return the number of tokens."""
         return int(self.library.vocab_size)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Say which it is; its files are open_clip's own."""
+        atomic_write(Path(folder) / "tokenizer_config.json", '{"tokenizer_class": "OpenClipTokenizer"}\n')
 
     def pieces(self, text: str) -> Pieces:
         """Cut a text into tokens; the rest is told as the library spells it."""

@@ -46,7 +46,12 @@ class T5TextEncoder(nn.Module):
         if self.reading.pooled != "none" or not self.reading.final_norm:
             raise LdmPipeError("T5 has no pooled output, and its states are read after the final norm", "T5TextEncoder")
         fields = {key: value for key, value in library.to_dict().items() if key != READING_KEY}
-        fields.update(hidden_size=library.d_model, vocab_size=library.vocab_size, **self.reading.stored(T5))
+        fields.update(
+            hidden_size=library.d_model,
+            vocab_size=library.vocab_size,
+            architectures=[type(model).__name__],
+            **self.reading.stored(T5),
+        )
         self.config = FrozenConfig(fields)
 
     @classmethod

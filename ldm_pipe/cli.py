@@ -185,6 +185,7 @@ def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     how.add_argument("--thresholding-percentile", type=float)
     how.add_argument("--thresholding-max-value", type=float)
     how.add_argument("--thresholding-cap", type=float, help="largest value that dynamic thresholding scales down")
+    how.add_argument("--prompt-syntax", help="plain (default) or weighted: (red:1.3), AND, [from:to:when], BREAK")
     how.add_argument("--clip-skip", type=int, help="layers of the text encoder to leave out at its end")
     return how
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import Autoencoder
-from conditioning import CLIPTextEncoder, Condition
+from conditioning import AnyTextEncoder, Condition
 from ldm_pipe import drawing, editing
 from ldm_pipe.editing import InversionOutput
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
@@ -50,7 +50,7 @@ class LatentDiffusionPipeline(Placement):
         self,
         unet: UNet,
         autoencoder: Autoencoder,
-        text_encoders: Sequence[CLIPTextEncoder],
+        text_encoders: Sequence[AnyTextEncoder],
         schedule: Law,
         *,
         defaults: Defaults | None = None,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from autoencoder import Autoencoder
-from conditioning import CLIPTextEncoder
+from conditioning import AnyTextEncoder
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.unet import UNet
@@ -29,7 +29,7 @@ class Placement:
 
     unet: UNet
     autoencoder: Autoencoder
-    text_encoders: tuple[CLIPTextEncoder, ...]
+    text_encoders: tuple[AnyTextEncoder, ...]
     defaults: Defaults
     _progress: dict[str, Any]
     _offload: torch.device | None

@@ -35,12 +35,17 @@ class PromptSyntax:
 
     @classmethod
     def read(cls, value: Any) -> PromptSyntax | None:
-        """Read "plain" (None), "weighted", or a mapping of emphasis and brackets.
+        """Read "plain" (None), "weighted", "weighted mean literal", or a mapping of emphasis and brackets.
 
         Raises: LdmPipeError naming what is known.
         """
         if not isinstance(value, Mapping):
-            return cls() if one_of("prompt_syntax", value, SYNTAXES) == "weighted" else None
+            first, *words = value.split() if isinstance(value, str) and value.strip() else [value]
+            if one_of("prompt_syntax", first, SYNTAXES) == "plain" and not words:
+                return None
+            if first == "plain":
+                one_of("prompt_syntax", value, SYNTAXES)  # refuses more words
+            value = {"brackets" if word == "literal" else "emphasis": word for word in words}
         known = {field.name for field in fields(cls)}
         if not set(value) <= known:
             raise LdmPipeError(f"prompt_syntax is {dict(value)!r:.80}", how_to_fix=f"give some of {sorted(known)}")

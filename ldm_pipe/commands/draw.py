@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_PROMPTS_BYTES = 100_000_000
 PASSED_ON = (
     "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width", "sampler",
-    "spacing", "eta", "clip_skip", "strength",
+    "spacing", "eta", "clip_skip", "strength", "prompt_syntax",
 )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
         "--thresholding-max-value": rule[3],
         "--thresholding-cap": rule[4],
         "--clip-skip": settings.get("Clip skip"),
+        "--prompt-syntax": settings.get("Prompt syntax"),
         "-n": settings.get("Pictures"),
     }
     words = ["ldm-pipe", "generate", prompt]

@@ -55,6 +55,9 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     where = "export to diffusers"
     if len(pipe.text_encoders) != 1:
         raise LdmPipeError(f"{len(pipe.text_encoders)} text encoders", where, "A StableDiffusionPipeline has one.")
+    kind = type(pipe.text_encoders[0]).__name__
+    if kind != "CLIPTextEncoder":
+        raise LdmPipeError(f"the text encoder is a {kind}", where, "diffusers' StableDiffusionPipeline reads CLIP's.")
     if pipe.schedule.prediction not in ("eps", "x0", "v"):
         what = f"prediction {pipe.schedule.prediction!r} with this noise law"
         raise LdmPipeError(what, where, "diffusers' samplers know epsilon, sample and v_prediction.")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
-from conditioning import CLIPTextEncoder
+from conditioning import AnyTextEncoder, CLIPTextEncoder, ClipTokenizer, load_text_encoder
 from ldm_pipe import law_file, samplers, schedule_config
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json, resolve_folder
@@ -36,13 +36,17 @@ FORMAT_VERSION = 1
 OWN_FILE = "ldm_pipe.json"
 RUN_PIPELINE = "pipeline"  # the folder inside a training run
 LDM = "LDMTextToImagePipeline"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", LDM)
+OWN = "LatentDiffusionPipeline"  # with a text encoder that no pipeline of diffusers reads as we do
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", LDM, OWN)
 LDM_NAMES = {"vae": "vqvae", "text_encoder": "bert"}  # what this pipeline calls our parts
 PARTS = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "VQModel"),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": (
+        "CLIPTextModel", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel", "LDMBertModel", "OpenCLIPTextEncoder",
+        "LabelEncoder",
+    ),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "LibraryTokenizer", "OpenClipTokenizer", "ClassNames"),
 }
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 WEIGHTS = {
@@ -57,7 +61,7 @@ class Parts:
 
     unet: UNet
     autoencoder: Autoencoder
-    text_encoders: tuple[CLIPTextEncoder, ...]
+    text_encoders: tuple[AnyTextEncoder, ...]
     schedule: Law
     defaults: Defaults
     golden: Any = None
@@ -146,7 +150,8 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
 
     Raises: LdmPipeError naming file and cause.
     """
-    names = part_names(check_index(root))
+    index = check_index(root)
+    names = part_names(index)
     vae, text = (root / names.get(part, part) for part in ("vae", "text_encoder"))
     own = read_own(root)
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
@@ -163,7 +168,10 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
     with _config_errors(vae):
         autoencoder = load_autoencoder(vae, **common)
     with _config_errors(text):
-        text_encoder = CLIPTextEncoder.from_pretrained(text, tokenizer=root / "tokenizer", **common)
+        if index["_class_name"] == OWN:
+            text_encoder = load_text_encoder(text, **common)
+        else:
+            text_encoder = CLIPTextEncoder.from_pretrained(text, tokenizer=root / "tokenizer", **common)
     parts = Parts(
         unet=unet,
         autoencoder=autoencoder,
@@ -336,6 +344,13 @@ def _index(parts: Parts, scheduler: str) -> dict[str, Any]:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
     }
+    encoder = parts.text_encoders[0]
+    if not isinstance(encoder, CLIPTextEncoder) or not isinstance(encoder.tokenizer, ClipTokenizer):
+        kind = (encoder.config.get("architectures") or [type(encoder).__name__])[0]
+        words = "CLIPTokenizer" if isinstance(encoder.tokenizer, ClipTokenizer) else type(encoder.tokenizer).__name__
+        own = {"text_encoder": ["conditioning", kind], "tokenizer": ["conditioning", words]}
+        vae = {"vae": ["diffusers", type(parts.autoencoder).__name__]}
+        return {"_class_name": OWN, **shared, **own, **vae}
     if isinstance(parts.autoencoder, VQModel):
         ldm = {"bert": ["transformers", "CLIPTextModel"], "vqvae": ["diffusers", "VQModel"]}
         return {"_class_name": LDM, **shared, **ldm}

@@ -41,8 +41,9 @@ CORE: dict[str, set[str]] = {
 }
 # Where the three packages meet: the pipeline and what it is made of, the formats, training, the command line.
 MEETING = {
-    "ldm_pipe", "pipeline", "prompting", "drawing", "request", "request_prompts", "stepping", "golden", "outputs", "pixels",
-    "interop", "training", "metrics", "commands", "cli", "editing", "placement", "request_steps", "scheduler_config",
+    "ldm_pipe", "pipeline", "prompting", "drawing", "request", "request_prompts", "stepping", "golden", "outputs",
+    "pixels", "interop", "training", "metrics", "commands", "cli", "editing", "placement", "request_steps",
+    "scheduler_config",
 }  # fmt: skip
 # Costly to import, or not installed with the runtime: never when a module of ours is imported.
 HEAVY = {

@@ -112,6 +112,9 @@ def test_the_file_of_a_picture_tells_the_syntax(pipe: LatentDiffusionPipeline) -
         ({"prompt": "cat", "negative_prompt": "(x:y)"}, "no number"),
         ({"prompt": "cat", "negative_prompt": "a AND b"}, "AND in a negative prompt"),
         ({"prompt": "cat", "prompt_syntax": "loud"}, "prompt_syntax"),
+        ({"prompt": "cat", "prompt_syntax": "weighted loud"}, "emphasis"),
+        ({"prompt": "cat", "prompt_syntax": "plain mean"}, "plain mean"),
+        ({"prompt": "cat", "prompt_syntax": None}, "prompt_syntax"),
         ({"prompt": "cat", "prompt_syntax": {"emphasis": "loud"}}, "emphasis"),
         ({"prompt": "cat", "prompt_syntax": {"volume": 1}}, "volume"),
     ],
@@ -124,4 +127,7 @@ def test_bad_prompts_are_refused(options: dict[str, Any], message: str, pipe: La
 def test_lone_brackets_when_asked(pipe: LatentDiffusionPipeline) -> None:
     literal = {"brackets": "literal"}
     assert torch.equal(draw(pipe, "a :)", prompt_syntax=literal), draw(pipe, "a :)", prompt_syntax="plain"))
+    for value in (literal, "weighted literal", {"emphasis": "mean"}, "weighted mean literal", "weighted"):
+        syntax = PromptSyntax.read(value)
+        assert PromptSyntax.read(str(syntax)) == syntax
     assert str(PromptSyntax.read(literal)) == "weighted literal"
