@@ -98,7 +98,7 @@ class GaussianMixture:
         """Return the gradient of log p(x_t) by x_t, shape (B, *); arguments as in `log_prob`."""
         centred, variance = self._centred(x, alpha, sigma)
         share = self._joint(centred, variance).softmax(1) / variance  # (B, K)
-        return -torch.einsum("bk,bkd->bd", share, centred).reshape(x.shape).to(x.dtype)
+        return -(share[..., None] * centred).sum(1).reshape(x.shape).to(x.dtype)
 
     def x0(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
         """Return E[x0 | x_t], shape (B, *); arguments as in `log_prob`.
@@ -110,7 +110,7 @@ class GaussianMixture:
         centred, variance = self._centred(x, alpha, sigma)
         gain = _column(alpha) * self.stds.square() / variance
         share = self._joint(centred, variance).softmax(1)
-        found = share @ self.means + torch.einsum("bk,bkd->bd", share * gain, centred)
+        found = (share[..., None] * (self.means + gain[..., None] * centred)).sum(1)
         return found.reshape(x.shape).to(x.dtype)
 
     def denoiser(self, law: Levels) -> Denoise:
