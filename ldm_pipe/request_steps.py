@@ -19,6 +19,7 @@ from ldm_pipe.outputs import IntDefault, real_number, whole_number
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.from_diffusers import law_times, sampler_of
 from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.schedule_config import sampler_options
 from ldm_pipe.steps import Steps
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def check_sampling(
     sampler = samplers.get(chosen or pipe.defaults.sampler or "ddim")
     if eta > 0 and not sampler.has_eta:
         raise LdmPipeError(f"eta is {eta:g}, but {sampler.name} has none", how_to_fix='leave it at 0, or use "ddim"')
-    options = _check_options(sampler, given["sampler_options"])
+    options = _check_options(sampler, given["sampler_options"]) or sampler_options(law.config, sampler.name)
     rows: dict[str, Any] = {"grid": sampler.grid, "final": law.final(sampler.name)}
     if given["timesteps"] is not None and given["sigmas"] is not None:
         raise LdmPipeError("both of timesteps and sigmas given", how_to_fix="give one of them")

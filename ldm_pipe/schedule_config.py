@@ -140,6 +140,12 @@ def sampler_name(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def sampler_options(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
+    """Return the options of a sampler of ours that a diffusers scheduler config, if it asks for this one, sets."""
+    asked = sampler in ("unipc", "deis") and sampler_name(config) == sampler and "solver_order" in config
+    return {"order": config["solver_order"]} if asked else {}
+
+
 def _prediction(get: Getter) -> Prediction:
     """Return the prediction; without a class name there is no default."""
     name = get.of_class("prediction_type", None) if get.keys else get.required("prediction_type")

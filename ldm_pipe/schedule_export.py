@@ -195,7 +195,7 @@ def _sampler_keys(sampler: str, threshold: dict[str, Any], *, clean: bool) -> di
         case "unipc":
             return {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True, **final}
         case "deis":
-            return {"solver_order": 2, "solver_type": "logrho", "algorithm_type": "deis", "lower_order_final": True}
+            return {"solver_order": 3, "solver_type": "logrho", "algorithm_type": "deis", "lower_order_final": True}
         case "dpmpp_2s":
             return {**threshold, **_dpm_keys(sampler), **final}
     if sampler.startswith("dpmpp_") and sampler != "dpmpp_sde":

@@ -331,3 +331,6 @@ def test_settings_choose_the_sampler() -> None:
     assert schedule_config.sampler_name({**dpm, "solver_order": 1}) is None
     assert schedule_config.sampler_name({**dpm, "algorithm_type": "sde-dpmsolver++"}) == "dpmpp_2m_sde"
     assert schedule_config.sampler_name({"beta_start": 0.1}) is None
+    unipc = {**DISCRETE.to_config("unipc"), "solver_order": 3}
+    assert schedule_config.sampler_options(unipc, "unipc") == {"order": 3}
+    assert schedule_config.sampler_options(unipc, "deis") == schedule_config.sampler_options(dpm, "dpmpp_2m") == {}
