@@ -49,10 +49,7 @@ PARTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "LibraryTokenizer", "OpenClipTokenizer", "ClassNames"),
 }
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
-WEIGHTS = {
-    **dict.fromkeys(("unet", "vae", "vqvae"), "diffusion_pytorch_model"),
-    **dict.fromkeys(("text_encoder", "bert"), "model"),
-}
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def find_folder(
         raise LdmPipeError(f"the model name is {str(name)!r}", how_to_fix="Give a folder or a hub id.")
     dot = f".{variant}" if variant else ""
     patterns = ["*.json", "README.md", "tokenizer/*", "scheduler/*"]
-    for part, file in WEIGHTS.items():
+    for part, file in (WEIGHTS | {name: WEIGHTS[part] for part, name in LDM_NAMES.items()}).items():
         patterns += [f"{part}/config.json", f"{part}/{file}{dot}.safetensors", f"{part}/{file}{dot}-*.safetensors"]
         patterns += [f"{part}/{file}.safetensors.index{dot}.json"]
     root = resolve_folder(name, local_files_only=local_files_only, revision=revision, allow_patterns=patterns)
