@@ -18,7 +18,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,17 +60,25 @@ def random_pictures(num: int, size: int) -> Tensor:
     return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
 
 
-def shared_networks(device: str) -> tuple[Any, Callable[[Tensor], Any]]:
-    """Build the discriminator and the frozen features of both sides."""
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw initial weights from the benchmark's seed, and leave the global generator as it was."""
     import torch
 
+    with torch.random.fork_rng():
+        torch.default_generator.set_state(torch.Generator().manual_seed(SEED).get_state())
+        yield
+
+
+def shared_networks(device: str) -> tuple[Any, Callable[[Tensor], Any]]:
+    """Build the discriminator and the frozen features of both sides."""
     from autoencoder import PatchDiscriminator
     from conditioning.contrastive import ImageTower
 
-    torch.manual_seed(SEED)
-    judge = PatchDiscriminator(width=32, num_layers=2).to(device).train()
-    tower = ImageTower.from_config({"channels": [32, 64, 128], "projection_dim": 64}).to(device).requires_grad_(False)
-    return judge, tower.features
+    with seeded():
+        judge = PatchDiscriminator(width=32, num_layers=2).to(device).train()
+        tower = ImageTower.from_config({"channels": [32, 64, 128], "projection_dim": 64})
+    return judge, tower.to(device).requires_grad_(False).features
 
 
 def our_step(args: argparse.Namespace) -> Callable[[], float]:
@@ -96,8 +105,8 @@ def our_step(args: argparse.Namespace) -> Callable[[], float]:
     config = build_config(AutoencoderConfig, values, "benchmark")
     pictures = random_pictures(NUM_ROWS, args.size)
     judge, features = shared_networks(args.device)
-    torch.manual_seed(SEED)
-    autoencoder = AutoencoderKL.from_config(network_config(args.widths, args.size)).to(args.device).train()
+    with seeded():
+        autoencoder = AutoencoderKL.from_config(network_config(args.widths, args.size)).to(args.device).train()
     device = torch.device(args.device)
     parts = autoencoder_parts(config, autoencoder, judge, lambda rows: pictures[rows], features, device)
     trainer = Trainer(config, parts, num_items=NUM_ROWS)
@@ -113,8 +122,8 @@ def diffusers_step(args: argparse.Namespace) -> Callable[[], float]:
 
     torch.set_num_threads(args.threads)
     judge, features = shared_networks(args.device)
-    torch.manual_seed(SEED)
-    vae: Any = AutoencoderKL(**network_config(args.widths, args.size)).to(args.device).train()
+    with seeded():
+        vae: Any = AutoencoderKL(**network_config(args.widths, args.size)).to(args.device).train()
     ema = EMAModel(vae.parameters(), decay=EMA_DECAY, model_cls=AutoencoderKL, model_config=vae.config)
     kind = {"lr": LEARNING_RATE, "betas": BETAS, "weight_decay": DECAY}
     optimizers = [torch.optim.AdamW(network.parameters(), **kind) for network in (vae, judge)]
@@ -156,7 +165,6 @@ def decoder(args: argparse.Namespace) -> Callable[[], Tensor]:
     import torch
 
     config = network_config(args.widths, args.size)
-    torch.manual_seed(SEED)
     if args.side == "ours":
         from autoencoder import AutoencoderKL
 

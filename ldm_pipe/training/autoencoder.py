@@ -46,7 +46,7 @@ class CodebookConfig(StrictModel):
     """The codebook of a VQ autoencoder, and how it is trained."""
 
     num_vq_embeddings: int = Field(512, ge=2)
-    ema: bool = Field(True, description="moved by averages of its latents; false: by the gradient of its loss")
+    ema: bool = Field(False, description="moved by averages of its latents; false: by the gradient of its loss")
     decay: float = Field(0.99, ge=0, lt=1, description="of the averages, per step")
     dead_below: float = Field(0.03, ge=0, lt=1, description="codes used less than this part of the mean are revived")
     codebook_weight: float = Field(1.0, gt=0)

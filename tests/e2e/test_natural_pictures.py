@@ -65,7 +65,7 @@ def train(kind: str, folder: Path, pictures: Tensor) -> tuple[AutoencoderKL | VQ
     config = build_config(AutoencoderConfig, values, "test")
     log = CodebookLog()
     used = log if kind == "vq" else None
-    network = VQTraining(autoencoder, ema=True) if kind == "vq" else autoencoder
+    network = VQTraining(autoencoder, ema=False) if kind == "vq" else autoencoder
     parts = autoencoder_parts(config, network, None, lambda rows: pictures[rows], None, torch.device("cpu"), log=used)
     trainer = Trainer(config, parts, num_items=len(pictures), fingerprint="photographs")
     if kind == "vq":

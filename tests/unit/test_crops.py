@@ -104,9 +104,12 @@ def test_a_folder_of_odd_photographs_needs_no_captions(tmp_path: Path) -> None:
     [
         ({"crop": {"zoom_max": 2.0}}, "crop.random is false"),
         ({"crop": {"random": True, "zoom_min": 2.0}}, "larger than zoom_max"),
-        ({"codebook": {"ema": False}}, "regularisation is 'kl'"),
+        ({"codebook": {"ema": True}}, "regularisation is 'kl'"),
         ({"network": {"regularisation": "vq"}, "objective": {"kl_weight": 1.0}}, "regularisation is 'vq'"),
-        ({"network": {"regularisation": "vq"}, "codebook": {"legacy_commitment": True}}, "legacy_commitment"),
+        (
+            {"network": {"regularisation": "vq"}, "codebook": {"ema": True, "legacy_commitment": True}},
+            "legacy_commitment",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(values: dict[str, Any], named: str) -> None:
