@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.sampler_error import Curve, apart, error, table
 from ldm_pipe import samplers
 from ldm_pipe.denoiser import Denoise, Denoised, Denoiser
 from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow
@@ -329,3 +330,27 @@ def test_a_gaussian_in_many_dimensions(name: str) -> None:
         variance = out.var(0)
         assert torch.allclose(variance, torch.full_like(variance, spread**2), rtol=own + 5 * (2 / count) ** 0.5)
         assert float(variance.mean()) == pytest.approx(spread**2, rel=own + 5 * (2 / (count * dim)) ** 0.5)
+
+
+def test_the_benchmark_counts_evaluations_and_measures_both_kinds_of_error() -> None:
+    coarse, fine = error("dpmpp_2m", 40, 0), error("dpmpp_2m", 80, 0)
+    assert (coarse[0], fine[0]) == (40, 80)
+    assert coarse[1] / fine[1] == pytest.approx(4, rel=0.15)
+    assert error("heun", 10, 0)[0] == 19
+    calls, far = error("ddpm", 80, 2000)
+    assert calls == 80
+    assert 0 < far < 0.2
+
+
+def test_the_table_of_the_benchmark_has_its_rows_and_the_labels_stay_apart() -> None:
+    curves = [
+        Curve("a", False, (8, 31), (0.5, 0.2)),
+        Curve("b", False, (8, 32), (0.5, 0.1)),
+        Curve("c", True, (64,), (1.0,)),
+    ]
+    text = table(curves, 0.01, 100)
+    assert "| `a` | 5.0e-01 |  | 2.0e-01 |  |  |  |" in text
+    assert text.index("`b`") < text.index("`a`") < text.index("`c`")
+    placed = apart([0.0, 0.01, -5.0], 0.1, -4.95)
+    assert placed[1] - placed[0] == pytest.approx(0.1)
+    assert placed[2] == pytest.approx(-5.0)
