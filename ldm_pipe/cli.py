@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   ldm-pipe invert out.png "red apple" --to "green apple" --variations 3 -o strip.png
   ldm-pipe info out.png
   ldm-pipe export runs/emoji/diffusion exported/
+  ldm-pipe convert v1-5-pruned.safetensors sd15/
 """
 
 # Known here too, so that help costs no import of torch; a test keeps them equal to `samplers.NAMES` and `Spacing`.
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_interpolate(commands.add_parser("interpolate", help="draw the way between prompts, seeds or pictures"))
     _add_invert(commands.add_parser("invert", help="find the noise of a picture and draw with it"))
     _add_export(commands.add_parser("export", help="turn a model or a training run into a diffusers folder"))
+    _add_convert(commands.add_parser("convert", help="original single files and ADM checkpoints to folders, and back"))
     _add_info(commands.add_parser("info", help="show the settings inside a picture, or what a model is"))
     _add_data(commands.add_parser("data", help="look after training pictures"))
     return parser
@@ -245,6 +247,26 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run_export)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("source", help="a .safetensors, .ckpt or .pt file, or a diffusers folder")
+    parser.add_argument("target", help="the folder to write, or the .safetensors file")
+    one = parser.add_argument_group("from a single file (Stable Diffusion 1, 2, XL)")
+    one.add_argument("--ema", action="store_true", help="take the U-Net's moving averages, where the file has them")
+    one.add_argument("--prediction", choices=("eps", "v"), help="what Stable Diffusion 2 files do not say")
+    one.add_argument("--like", metavar="FOLDER", help="diffusers folder of the same architecture, for unknown shapes")
+    one.add_argument("--tokenizer", metavar="FOLDER", help="CLIP's vocab.json and merges.txt; default open_clip's")
+    adm = parser.add_argument_group("from an ADM checkpoint of no published shape")
+    heads = adm.add_mutually_exclusive_group()
+    heads.add_argument("--head-width", type=int, help="channels of every attention head")
+    heads.add_argument("--num-heads", type=int, help="number of heads at every level")
+    adm.add_argument("--qkv-order", choices=("per_head", "split"), help="split is use_new_attention_order")
+    back = parser.add_argument_group("to a single file")
+    back.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; default theirs")
+    back.add_argument("--variant", help='name part of the weight files, such as "fp16"')
+    parser.set_defaults(run=_run_convert)
+
+
 def _add_info(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument(
@@ -291,6 +313,12 @@ def _run_export(args: argparse.Namespace) -> int:
     from ldm_pipe.commands.models import run_export
 
     return run_export(args)
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.convert import run_convert
+
+    return run_convert(args)
 
 
 def _run_info(args: argparse.Namespace) -> int:

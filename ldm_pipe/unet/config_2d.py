@@ -45,6 +45,11 @@ DEFAULTS_2D: dict[str, Any] = {
     "num_train_timesteps": None,
 }
 
+# diffusers' UNet2DModel knows one width of heads, and a sinusoid as wide as the first level. A network with other ones
+# (ADM's 128, 512 and 64 -> 256) is written as a class of ours, so that diffusers refuses it instead of drawing wrongly.
+OWN_CLASS_2D = "LdmPipeUNet2DModel"
+OWN_DEFAULTS_2D: dict[str, Any] = {"num_heads": None, "sinusoid_dim": 0}
+
 # Fields for which the network knows these values only; anything else is refused.
 _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
@@ -71,7 +76,12 @@ _UP: dict[str, _Block] = {
 }
 
 
-def _head_count(channels: int, width: int | None) -> int:
+def _head_count(config: Mapping[str, Any], channels: int) -> int:
+    width, count = config["attention_head_dim"], config["num_heads"]
+    if count is not None:
+        if channels % positive(config, "num_heads"):
+            raise refuse("num_heads", count, f"null or divisors of {channels} channels")
+        return count
     if width is None:
         return 1
     if channels % width:
@@ -101,7 +111,7 @@ def _read_levels(config: Mapping[str, Any]) -> tuple[LevelSpec, ...]:
                 up_attention=up_kind,
                 down_depths=(1,) * num_residual,
                 up_depths=(1,) * (num_residual + 1),
-                num_heads=_head_count(channels[i], width) if used else 0,
+                num_heads=_head_count(config, channels[i]) if used else 0,
                 cross_dim=0,
                 only_cross=False,
                 down_resampling=(conv if shrink == "conv" else shrink) or down_type,
@@ -122,7 +132,7 @@ def _read_mid(config: Mapping[str, Any], channels: int) -> MidSpec:
     return MidSpec(
         kind="none" if config["mid_block_type"] is None else "picture" if attends else "two_residual",
         depth=1,
-        num_heads=_head_count(channels, config["attention_head_dim"]) if attends else 0,
+        num_heads=_head_count(config, channels) if attends else 0,
         cross_dim=0,
         scale_factor=float(config["mid_block_scale_factor"]),
         attention_groups=groups if attends else 0,
@@ -134,7 +144,7 @@ def read_config_2d(config: Mapping[str, Any]) -> UNetSpec:
 
     Raises: LdmPipeError naming the field and its value, where the network cannot represent it.
     """
-    config = {**DEFAULTS_2D, **config}
+    config = {**DEFAULTS_2D, **OWN_DEFAULTS_2D, **config}
     check_known(config, _KNOWN_VALUES)
     for field in ("in_channels", "out_channels", "norm_num_groups"):
         positive(config, field)
@@ -150,6 +160,7 @@ def read_config_2d(config: Mapping[str, Any]) -> UNetSpec:
         vector_dim=0,
         concat_class=False,
         number_dim=0,
+        sinusoid_dim=config["sinusoid_dim"],
     )
     return UNetSpec(
         in_channels=config["in_channels"],

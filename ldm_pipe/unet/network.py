@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
 from ldm_pipe.unet.attention import Attention, SpatialTransformer, choose_attention, mask_to_bias
 from ldm_pipe.unet.config import DEFAULTS, NORM_TOKENS_GROUPS, read_config, write_config
-from ldm_pipe.unet.config_2d import DEFAULTS_2D, read_config_2d
+from ldm_pipe.unet.config_2d import DEFAULTS_2D, OWN_CLASS_2D, OWN_DEFAULTS_2D, read_config_2d
 from ldm_pipe.unet.fields import refuse
 from ldm_pipe.unet.kept import Kept
 from ldm_pipe.unet.layers import ACTIVATIONS, Downsample, GroupNorm, ResidualBlock, Upsample, VectorEmbedding, sinusoid
@@ -196,7 +196,13 @@ def _class_embedding(emb: EmbeddingSpec, sinusoid_dim: int, activation: str) -> 
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    return DEFAULTS_2D if config.get("_class_name") == "UNet2DModel" else DEFAULTS
+    match config.get("_class_name"):
+        case "UNet2DModel":
+            return DEFAULTS_2D
+        case name if name == OWN_CLASS_2D:
+            return {**DEFAULTS_2D, **OWN_DEFAULTS_2D}
+        case _:
+            return DEFAULTS
 
 
 def _needed(slot: Tensor | None, name: str, reason: str) -> Tensor:
@@ -213,7 +219,7 @@ class UNet(PretrainedModule):
     """
 
     class_name = "UNet2DConditionModel"
-    other_class_names = ("UNet2DModel",)
+    other_class_names = ("UNet2DModel", OWN_CLASS_2D)
 
     def __init__(self, spec: UNetSpec, config: Mapping[str, Any] | None = None) -> None:
         """Build the network with random weights.
@@ -228,10 +234,10 @@ class UNet(PretrainedModule):
         self.config = FrozenConfig({**_defaults(config), **config})
         first, emb = spec.levels[0].channels, spec.embedding
         self.conv_in = nn.Conv2d(spec.in_channels, first, spec.in_kernel, padding=(spec.in_kernel - 1) // 2)
-        self.time_embedding = VectorEmbedding(first, emb.time_dim, spec.activation)
+        self.time_embedding = VectorEmbedding(emb.sinusoid_dim or first, emb.time_dim, spec.activation)
         if spec.token_dim:
             self.encoder_hid_proj = nn.Linear(spec.token_dim, spec.levels[0].cross_dim)
-        self.class_embedding = _class_embedding(emb, first, spec.activation)
+        self.class_embedding = _class_embedding(emb, emb.sinusoid_dim or first, spec.activation)
         if emb.number_dim:
             self.add_embedding: nn.Module = VectorEmbedding(emb.vector_dim, emb.time_dim)
         elif emb.pool_heads:
@@ -276,7 +282,7 @@ class UNet(PretrainedModule):
     ) -> Tensor:
         """Embed t, and what is added to it: (B, E)."""
         spec = self.spec.embedding
-        dim = self.spec.levels[0].channels
+        dim = spec.sinusoid_dim or self.spec.levels[0].channels
         t = torch.as_tensor(t, device=x.device).reshape(-1)  # one row for all, where t is one for all
         frequencies = {"flip_sin_to_cos": spec.flip_sin_to_cos, "freq_shift": spec.freq_shift}
         emb = self.time_embedding(sinusoid(t, dim, **frequencies).to(x.dtype))

@@ -64,6 +64,7 @@ class EmbeddingSpec:
     concat_class: bool
     number_dim: int  # text_time: width of the sinusoid of each number in `labels`; 0: none
     pool_heads: int = 0  # heads of the attention that pools the tokens into a vector; 0: none
+    sinusoid_dim: int = 0  # width of the sinusoid of t; 0: that of the first level
 
 
 @dataclass(frozen=True)
