@@ -43,7 +43,12 @@ PARTS = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "VQModel"),
     "text_encoder": (
-        "CLIPTextModel", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel", "LDMBertModel", "OpenCLIPTextEncoder",
+        "CLIPTextModel",
+        "T5EncoderModel",
+        "MT5EncoderModel",
+        "UMT5EncoderModel",
+        "LDMBertModel",
+        "OpenCLIPTextEncoder",
         "LabelEncoder",
     ),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "LibraryTokenizer", "OpenClipTokenizer", "ClassNames"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,16 @@ def test_the_command_goes_both_ways_and_says_what_is_of_no_use(
         capsys.readouterr()
         assert main(words) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_every_row_of_the_page_of_models_names_a_test() -> None:
+    tests = Path(__file__).parents[1]
+    lines = (tests.parent / "docs" / "models.md").read_text().splitlines()
+    rows = [
+        line
+        for line, after in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("|") and not line.startswith("|--") and not after.startswith("|--")
+    ]
+    named = [re.findall(r"(?:unit|parity|e2e)/test_\w+\.py", row) for row in rows]
+    assert [row for row, found in zip(rows, named, strict=True) if not found and "the same" not in row] == []
+    assert [name for found in named for name in found if not (tests / name).is_file()] == []

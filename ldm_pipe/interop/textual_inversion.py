@@ -1,0 +1,69 @@
+"""Files of new words (textual inversion, Gal et al. 2022, arXiv:2208.01618) of diffusers and A1111, for SD 1, 2, XL.
+
+What enters: a file and text encoders. What leaves: encoders that know one more word, or a file that diffusers reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from conditioning import CLIPTextEncoder
+from ldm_pipe.interop.checkpoint import PICKLES, unpickle
+from ldm_pipe.pretrained import LdmPipeError, load_tensors, save_tensors
+
+_XL = ("clip_l", "clip_g")
+_NAMELESS = ("emb_params", "*")
+
+
+def read_vectors(path: str | Path) -> tuple[str | None, list[Tensor]]:
+    """Read the name of a word, if the file has one, and its vectors (V, D) for each text encoder.
+
+    Raises: LdmPipeError if the file holds no word.
+    """
+    path = Path(path)
+    content = unpickle(path) if path.suffix in PICKLES else load_tensors(path)
+    name = None
+    if isinstance(content, Mapping) and isinstance(content.get("string_to_param"), Mapping):
+        name, content = content.get("name"), content["string_to_param"]
+    if isinstance(content, Tensor):
+        content = {"*": content}
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise LdmPipeError("holds no vectors of a word", str(path), "Give a textual inversion file.")
+    if set(content) == set(_XL):
+        vectors = [content[key] for key in _XL]
+    elif len(content) == 1:
+        ((key, value),) = content.items()
+        vectors, name = [value], name or (None if key in _NAMELESS else str(key))
+    else:
+        raise LdmPipeError(f"holds {sorted(map(str, content))[:5]}", str(path), "One word, or clip_l and clip_g.")
+    return name, [x.detach().reshape(-1, x.shape[-1]) for x in vectors]
+
+
+def load_word(encoders: Sequence[CLIPTextEncoder], path: str | Path, name: str | None = None) -> str:
+    """Teach the text encoders of a pipeline a word.
+
+    Args:
+        name: as written in prompts; None takes the file's.
+    Returns: the name.
+    Raises: LdmPipeError if there is no name, or a width is of no encoder; then nothing was taught.
+    """
+    found, vectors = read_vectors(path)
+    name = name or found
+    if name is None:
+        raise LdmPipeError("the file does not name its word", str(path), "Give a name.")
+    widths = [encoder.config.hidden_size for encoder in encoders]
+    if [x.shape[1] for x in vectors] != widths:
+        what = f"the vectors are {[x.shape[1] for x in vectors]} wide, the text encoders {widths}"
+        raise LdmPipeError(what, str(path), "The word was learnt for another family of models.")
+    for encoder, values in zip(encoders, vectors, strict=True):
+        encoder.add_token(name, values)
+    return name
+
+
+def save_word(path: str | Path, name: str, vectors: Sequence[Tensor]) -> None:
+    """Write a word as diffusers reads it: under its name, or as clip_l and clip_g for two encoders."""
+    values = {name: vectors[0]} if len(vectors) == 1 else dict(zip(_XL, vectors, strict=True))
+    save_tensors(path, values)
