@@ -67,6 +67,24 @@ KNOWN: dict[_Known, tuple[Heads, str]] = {
 }
 
 
+_SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "rescale_betas_zero_snr": False,
+}
+
+
 def is_adm(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether names are those of openai's code."""
     return "input_blocks.0.0.weight" in tensors and "time_embed.0.weight" in tensors
@@ -232,14 +250,9 @@ def import_adm(
     atomic_write(target / "unet" / "config.json", json.dumps(config, indent=2) + "\n")
     notes = []
     if law is not None:
-        scheduler = {
-            "_class_name": "DDPMScheduler",
-            "beta_schedule": law,
-            "num_train_timesteps": 1000,
-            "variance_type": "learned_range" if shape.out_channels == 2 * 3 else "fixed_small",
-            "clip_sample": True,
-        }
-        text = json.dumps({**scheduler, "beta_start": 0.0001, "beta_end": 0.02}, indent=2)
+        scheduler = {**_SCHEDULER, "beta_schedule": law}
+        scheduler["variance_type"] = "learned_range" if shape.out_channels == 2 * 3 else "fixed_small"
+        text = json.dumps(scheduler, indent=2)
         atomic_write(target / "scheduler" / "scheduler_config.json", text + "\n")
     if config["_class_name"] == OWN_CLASS_2D:
         notes.append("diffusers' UNet2DModel cannot represent this network: it is a folder for ldm_pipe only.")

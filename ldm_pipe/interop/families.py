@@ -20,9 +20,39 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 SD_PIPELINES = {4: "StableDiffusionPipeline", 9: "StableDiffusionInpaintPipeline"}
 XL_PIPELINES = {4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"}
 REFINER = "StableDiffusionXLImg2ImgPipeline"
-_LAW = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-_DDIM = {"_class_name": "DDIMScheduler", **_LAW, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-_EULER = {"_class_name": "EulerDiscreteScheduler", **_LAW, "timestep_spacing": "leading", "steps_offset": 1}
+# Written out in full: a key left out would be filled in silently by whatever reads the folder.
+_LAW: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+_DDIM = {
+    "_class_name": "DDIMScheduler",
+    **_LAW,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "set_alpha_to_one": False,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+_EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    **_LAW,
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+}
 _CLIP = {"model_type": "clip_text_model", "vocab_size": 49408, "max_position_embeddings": 77, "layer_norm_eps": 1e-5}
 
 

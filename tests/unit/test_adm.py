@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_pipe.interop.adm import KNOWN, Heads, import_adm, is_adm, known_heads, read_shape, split_qkv
+from ldm_pipe import schedule_config
+from ldm_pipe.interop.adm import _SCHEDULER, KNOWN, Heads, import_adm, is_adm, known_heads, read_shape, split_qkv
 from ldm_pipe.interop.ldm_names import unet_modules
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.unet import UNet
@@ -221,6 +222,9 @@ def test_published_models_are_known_by_their_shapes() -> None:
     assert shape.scale_shift
     assert known_heads(shape, "file") == (Heads(width=64, order="split"), "squaredcos_cap_v2")
     assert len(KNOWN) == 6
+    for beta_schedule in {law for _, law in KNOWN.values()}:
+        law = schedule_config.read({**_SCHEDULER, "beta_schedule": beta_schedule})
+        assert law.prediction == "eps"
 
 
 def test_unknown_heads_classifiers_and_damage_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoencoder import AutoencoderKL
 from conditioning import CLIPTextEncoder
+from ldm_pipe import schedule_config
 from ldm_pipe.cli import main
 from ldm_pipe.interop.checkpoint import load_checkpoint
 from ldm_pipe.interop.families import FAMILIES, UNET, Family, detect
@@ -64,6 +65,13 @@ def test_full_size_files_are_known_by_their_names_and_shapes(name: str) -> None:
             detect(nine, "file")
     else:
         assert detect(nine, "file").pipeline.endswith("InpaintPipeline")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_noise_law_of_a_family_is_one_that_we_read(name: str) -> None:
+    law = schedule_config.read({**FAMILIES[name].scheduler, "prediction_type": "v_prediction"})
+    assert law.prediction == "v"
+    assert float(law.alpha(torch.tensor(999.0))) == pytest.approx(0.0682, abs=1e-3)  # alpha_bar of SD: 0.00466
 
 
 def test_original_names_of_stable_diffusion_1() -> None:
