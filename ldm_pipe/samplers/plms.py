@@ -22,6 +22,7 @@ def plms(
     noise: Draw | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
+    lower_order_final: bool = True,
 ) -> Tensor:
     """Sample with pseudo linear multistep, PNDM without Runge-Kutta (Liu et al. 2022, arXiv:2202.09778, section 3).
 
@@ -41,6 +42,8 @@ def plms(
         noise: not used; all samplers are called alike.
         eta: this sampler has none: only 0 is taken.
         callback: see `samplers.common.Callback`.
+        lower_order_final: the step to sigma = 0 lands on x0 itself, which thresholding keeps in range; false
+            extrapolates there too, as diffusers does.
 
     Returns: x at the last row, shape (B, *).
     """
@@ -57,7 +60,7 @@ def plms(
         else:
             estimates, weights = past, ADAMS[len(past) - 1]
         x = flow_step(x, x0, alpha_t, sigma_t, alpha_s, sigma_s)  # transfer(x_t, eps)
-        if alpha_t > 0:
+        if alpha_t > 0 and not (sigma_s == 0 and lower_order_final):
             span = sigma_s - sigma_t * alpha_s / alpha_t
             for weight, other in zip((weights[0] - 1, *weights[1:]), estimates, strict=True):  # e - eps
                 x = x.add(other, alpha=span * weight)
