@@ -62,7 +62,7 @@ def test_the_swiss_roll_is_a_spiral_of_about_unit_spread(tutorial: ModuleType) -
 
 @pytest.mark.slow
 def test_the_full_tutorial_learns_both_distributions(tutorial: ModuleType, tmp_path: Path) -> None:
-    """The weights 1 : 2 to 5 %, the bound to a quarter of a bit, and every distance to about three times that of true samples."""
+    """The weights 1 : 2 to 5 %, the bound to a quarter of a bit, distances to 3 times those of true samples."""
     line, rolls = tutorial.main(["--output", str(tmp_path)])
     last = sum(line.course[-20:]) / 20
     assert line.entropy - 0.02 < last < line.entropy + 0.25

@@ -42,7 +42,7 @@ LAWS: dict[str, Law] = {
     "edm": EDM(sigma_max=20.0, sigma_data=1.0),
     "flow": Flow(shift=3.0),
 }
-ALL_SPACINGS = ("linear", "zero_snr", "ve", "edm", "flow")  # the other laws are sampled on two, for time
+ALL_SPACINGS = ("linear", "zero_snr", "edm", "flow")  # the other laws are sampled on two, for time
 GEOMETRIC = {"annealed_langevin"}  # wants a geometric ladder of levels; elsewhere it needs thousands of evaluations
 FROM_PURE_NOISE = ("1/T", "zero_snr", "vp_cosine", "flow")
 RAMPS = ("karras", "exponential", "polynomial", "log_snr", "beta")
