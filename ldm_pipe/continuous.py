@@ -132,11 +132,12 @@ class Continuous:
         if final not in get_args(Final):
             raise LdmPipeError(f"final is {final!r}", how_to_fix=f"use one of {', '.join(get_args(Final))}")
         alpha, sigma = self.alpha_sigma(t)
-        end = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        end_t, end = self.t_end, torch.tensor([1.0, 0.0], dtype=torch.float64)
         if final == "first":
+            end_t = self.t_range[0] if t[-1] > self.t_range[0] else end_t
             end = torch.stack(self.alpha_sigma(torch.tensor(self.t_range[0], dtype=torch.float64)))
         return Steps(
-            t=torch.cat([t, t.new_tensor([self.t_end])]),
+            t=torch.cat([t, t.new_tensor([end_t])]),
             alpha=torch.cat([alpha, end[:1]]),
             sigma=torch.cat([sigma, end[1:]]),
             init_scale=self._init_scale(float(alpha[0]), float(sigma[0])),

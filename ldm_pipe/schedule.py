@@ -298,8 +298,9 @@ class NoiseSchedule:
             t = self.t_of(-explicit(sigmas, "sigmas", float(self._edm[0]), float(self._edm[-1])).log())
         else:
             t = self._visited(num_steps, spacing, grid, rho)
-        end_alpha, end_sigma = torch.ones(1), torch.zeros(1)
+        end_t, end_alpha, end_sigma = -1.0, torch.ones(1), torch.zeros(1)
         if final == "first":
+            end_t = 0.0 if t[-1] > 0 else end_t  # solvers with two evaluations ask the network there
             end_alpha, end_sigma = self.alpha_sigma(torch.zeros(1))
             if grid == "fractional":  # who walks in EDM's frame stays in it: x / alpha
                 end_alpha, end_sigma = torch.ones(1), end_sigma / end_alpha
@@ -307,7 +308,7 @@ class NoiseSchedule:
         # who starts at the largest level of EDM's frame draws sigma / alpha * noise there: sigma * noise here
         leading = (self.spacing if spacing is None else spacing) == "leading"
         steps = Steps(
-            t=torch.cat([t, t.new_tensor([-1.0])]),
+            t=torch.cat([t, t.new_tensor([end_t])]),
             alpha=torch.cat([alpha, end_alpha.double()]),
             sigma=torch.cat([sigma, end_sigma.double()]),
             init_scale=float(sigma[0]) if grid == "fractional" and not leading else 1.0,

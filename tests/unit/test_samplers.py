@@ -136,6 +136,18 @@ def test_finite_from_alpha_0_to_sigma_0(name: str, num_steps: int) -> None:
     assert float(seen[-1].abs().max()) < 10
 
 
+@pytest.mark.parametrize("name", samplers.NAMES)
+def test_every_sampler_can_leave_the_noise_of_the_first_level_in(name: str) -> None:
+    """final="first": the last row has a time, at which solvers with two evaluations ask the network."""
+    steps = SCHEDULE.steps(6, spacing="trailing", grid=samplers.get(name).grid, final="first")
+
+    def denoise(x: Tensor, t: Tensor) -> Denoised:
+        SCHEDULE.alpha_sigma(t)  # refuses what is no time
+        return Denoised(0.1 * x)
+
+    assert samplers.get(name)(denoise, normal(*SHAPE), steps, noise=Noise(range(4))).isfinite().all()
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", samplers.NAMES)
 def test_a_constant_denoiser_returns_its_constant(name: str, spacing: Any) -> None:
