@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_pipe import objectives, times
 from ldm_pipe.betas import BetaSchedule
@@ -260,8 +260,3 @@ def diffusion_loss(
         return losses.mean(), {}
 
     return loss
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of weights."""
-    return sum(p.numel() for p in module.parameters())
