@@ -116,6 +116,7 @@ class VE(Continuous):
         spacing: default choice of times; "linspace" is the ladder.
         told: "index": the network is told t (num_train_timesteps - 1), NCSN's index of the level; "sigma": sigma.
         num_train_timesteps: number of the levels that the index counts.
+        sigma_data: standard deviation of the data, for the preconditioning of prediction "edm"; without it, refused.
         noisy_end: see `NoiseSchedule`.
         config: see `NoiseSchedule`.
     """
@@ -126,6 +127,7 @@ class VE(Continuous):
     spacing: Spacing = "linspace"
     told: Literal["index", "sigma"] = "index"
     num_train_timesteps: int = 1000
+    sigma_data: float | None = None
     noisy_end: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     t_end = -1.0
@@ -133,6 +135,8 @@ class VE(Continuous):
     def __post_init__(self) -> None:
         check_choice(self, "told", ("index", "sigma"))
         check_range(self, sigma_min=(0, self.sigma_max), sigma_max=(0, math.inf))
+        if self.sigma_data is not None:
+            check_range(self, sigma_data=(0, math.inf))
         check_law(self)
 
     @property

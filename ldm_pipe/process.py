@@ -55,7 +55,7 @@ def extras(law: Law, prediction: Prediction, t: Tensor) -> Extras:
                 raise LdmPipeError(
                     'prediction "edm" needs sigma_data, the standard deviation of the data, which this law has not',
                     where=type(law).__name__,
-                    how_to_fix="use the law EDM, or another prediction",
+                    how_to_fix="use the law EDM, or VE(sigma_data=...), or another prediction",
                 )
             return Extras(sigma_data=sigma_data)
     return NO_EXTRAS

@@ -88,7 +88,8 @@ class ScheduleConfig(StrictModel):
                 return Flow(prediction=prediction, num_train_timesteps=num, shift=self.shift)
             case "ve":
                 ends = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-                return VE(prediction=prediction, num_train_timesteps=num, **ends)
+                sigma_data = self.sigma_data if prediction == "edm" else None
+                return VE(prediction=prediction, num_train_timesteps=num, sigma_data=sigma_data, **ends)
             case "edm":
                 return EDM(self.sigma_min, self.sigma_max, self.sigma_data, prediction=prediction)
 
