@@ -10,7 +10,7 @@ import inspect
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from conditioning import Condition
 from ldm_pipe import drawing
 from ldm_pipe.noise import Draw, Noise
-from ldm_pipe.outputs import LatentDiffusionOutput, real_number, whole_number
+from ldm_pipe.outputs import IntDefault, LatentDiffusionOutput, real_number, whole_number
 from ldm_pipe.png_info import PngInfo
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import Request, check_request
@@ -274,3 +274,83 @@ def vary(
     latents = found.latents.repeat_interleave(request.num_pictures // count, dim=0)
     fresh = noise(latents.shape).to(latents)
     return pipe.run(replace(request, latents=slerp(latents, fresh, share), source=lambda: noise))
+
+
+class Editing:
+    """The methods of the pipeline that edit with noise."""
+
+    def invert(
+        self,
+        image: Any,
+        prompt: str | list[str] = "",
+        *,
+        num_inference_steps: int = IntDefault(50),
+        guidance_scale: float = 1.0,
+        num_refinements: int = 1,
+        **call: Any,
+    ) -> InversionOutput:
+        """Find the noise that `pipe(prompt, latents=)` turns into a picture (DDIM upwards, arXiv:2010.02502, 4.3).
+
+        Drawing it with the same prompt, steps and guidance_scale=1 gives the picture back; with another prompt, the
+        same noise.
+
+        Args:
+            image: one or several; see `__call__`.
+            prompt: what the pictures show; one for all, or one for each.
+            guidance_scale: above 1 the way back is less exact.
+            num_refinements: further evaluations per step that make it more exact; see `samplers.ddim_inversion`.
+            call: further arguments of `__call__`: height, width, spacing, timesteps, negative_prompt, ...
+        Raises: LdmPipeError naming argument, value and range.
+        """
+        more = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return invert(_pipeline(self), {"image": image, "prompt": prompt, **more, **call}, num_refinements)
+
+    def interpolate(
+        self,
+        prompt: str | list[str] = "",
+        *,
+        num_frames: int = 9,
+        seed: int | list[int] | None = None,
+        latents: Tensor | None = None,
+        batch_size: int = 8,
+        **call: Any,
+    ) -> LatentDiffusionOutput:
+        """Draw the pictures on the way between prompts, seeds, or inverted pictures.
+
+        Noise turns on a great circle, text embeddings go straight. One prompt is kept along a way of seeds, one seed
+        along a way of prompts; several of both change together. The first and the last frame are what `pipe` draws.
+
+        Args:
+            prompt, seed, latents: one, or one for each point of the way; latents as of `invert`.
+            num_frames: pictures on the whole way, both ends counted.
+            batch_size: most pictures drawn at once.
+            call: further arguments of `__call__`.
+        Raises: LdmPipeError naming argument, value and range.
+        """
+        more = {"prompt": prompt, "seed": seed, "latents": latents}
+        return interpolate(_pipeline(self), {**more, **call}, num_frames, batch_size)
+
+    def vary(
+        self,
+        image: Any,
+        prompt: str | list[str] = "",
+        *,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 4,
+        num_refinements: int = 1,
+        **call: Any,
+    ) -> LatentDiffusionOutput:
+        """Draw relatives of a picture: its noise, found by `invert`, with a part of it fresh.
+
+        Args:
+            image, prompt, num_refinements: see `invert`.
+            strength: how far the noise turns to fresh noise; 0 gives the picture back, 1 forgets it.
+            call: further arguments of `__call__`; picture i takes its fresh noise from seed + i.
+        Raises: LdmPipeError naming argument, value and range.
+        """
+        more = {"image": image, "prompt": prompt, "num_images_per_prompt": num_images_per_prompt}
+        return vary(_pipeline(self), {**more, **call}, strength, num_refinements)
+
+
+def _pipeline(editing: Editing) -> LatentDiffusionPipeline:
+    return cast("LatentDiffusionPipeline", editing)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
-from ldm_pipe import drawing, editing
-from ldm_pipe.editing import InversionOutput
+from ldm_pipe import drawing
+from ldm_pipe.editing import Editing
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
 from ldm_pipe.placement import Placement, read_dtype
@@ -33,7 +33,7 @@ from ldm_pipe.scheduler_config import SchedulerConfig, defaults_of, law_of
 from ldm_pipe.unet import UNet
 
 
-class LatentDiffusionPipeline(Placement):
+class LatentDiffusionPipeline(Editing, Placement):
     """Draw pictures from prompts with a latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
 
     The object is read-only during a call: several threads may draw from one pipeline at once.
@@ -290,79 +290,7 @@ class LatentDiffusionPipeline(Placement):
             infos=picture_infos(request, self.name, self.model_hash),
         )
 
-    # Editing
-
-    def invert(
-        self,
-        image: Any,
-        prompt: str | list[str] = "",
-        *,
-        num_inference_steps: int = IntDefault(50),
-        guidance_scale: float = 1.0,
-        num_refinements: int = 1,
-        **call: Any,
-    ) -> InversionOutput:
-        """Find the noise that `pipe(prompt, latents=)` turns into a picture (DDIM upwards, arXiv:2010.02502, 4.3).
-
-        Drawing it with the same prompt, steps and guidance_scale=1 gives the picture back; with another prompt, the
-        same noise.
-
-        Args:
-            image: one or several; see `__call__`.
-            prompt: what the pictures show; one for all, or one for each.
-            guidance_scale: above 1 the way back is less exact.
-            num_refinements: further evaluations per step that make it more exact; see `samplers.ddim_inversion`.
-            call: further arguments of `__call__`: height, width, spacing, timesteps, negative_prompt, ...
-        Raises: LdmPipeError naming argument, value and range.
-        """
-        more = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        return editing.invert(self, {"image": image, "prompt": prompt, **more, **call}, num_refinements)
-
-    def interpolate(
-        self,
-        prompt: str | list[str] = "",
-        *,
-        num_frames: int = 9,
-        seed: int | list[int] | None = None,
-        latents: Tensor | None = None,
-        batch_size: int = 8,
-        **call: Any,
-    ) -> LatentDiffusionOutput:
-        """Draw the pictures on the way between prompts, seeds, or inverted pictures.
-
-        Noise turns on a great circle, text embeddings go straight. One prompt is kept along a way of seeds, one seed
-        along a way of prompts; several of both change together. The first and the last frame are what `pipe` draws.
-
-        Args:
-            prompt, seed, latents: one, or one for each point of the way; latents as of `invert`.
-            num_frames: pictures on the whole way, both ends counted.
-            batch_size: most pictures drawn at once.
-            call: further arguments of `__call__`.
-        Raises: LdmPipeError naming argument, value and range.
-        """
-        more = {"prompt": prompt, "seed": seed, "latents": latents}
-        return editing.interpolate(self, {**more, **call}, num_frames, batch_size)
-
-    def vary(
-        self,
-        image: Any,
-        prompt: str | list[str] = "",
-        *,
-        strength: float = 0.3,
-        num_images_per_prompt: int = 4,
-        num_refinements: int = 1,
-        **call: Any,
-    ) -> LatentDiffusionOutput:
-        """Draw relatives of a picture: its noise, found by `invert`, with a part of it fresh.
-
-        Args:
-            image, prompt, num_refinements: see `invert`.
-            strength: how far the noise turns to fresh noise; 0 gives the picture back, 1 forgets it.
-            call: further arguments of `__call__`; picture i takes its fresh noise from seed + i.
-        Raises: LdmPipeError naming argument, value and range.
-        """
-        more = {"image": image, "prompt": prompt, "num_images_per_prompt": num_images_per_prompt}
-        return editing.vary(self, {**more, **call}, strength, num_refinements)
+    # The stages
 
     def _draw(self, request: Request) -> tuple[Tensor, Tensor]:
         """Run the three stages for one batch: (z, image)."""
