@@ -66,8 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     retrieve.add_argument("--num_prompts", type=int, default=200, help="captions, chosen by hash (default 200)")
     retrieve.set_defaults(run=run_retrieval)
     sheet.set_defaults(run=run_sheet)
+    retrieve.add_argument(
+        "--answer_column", default="concept", help="what the nearest drawing must share (default concept)"
+    )
     for one in (retrieve, sheet):
         one.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
+        one.add_argument("--prompt_column", default="caption", help="for a model of labels: their column")
         one.add_argument("--num_inference_steps", type=int, help="default: the model's")
         one.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m; default: the model's")
         how = (
@@ -187,14 +191,15 @@ def load_model(args: argparse.Namespace, device: torch.device) -> LatentDiffusio
 def draw(
     pipe: LatentDiffusionPipeline, prompts: list[str], args: argparse.Namespace, scale: float | None
 ) -> list[Image.Image]:
-    """Draw one picture per prompt, each from the same seed: a picture does not depend on its batch."""
+    """Draw one picture per prompt, each from the same seed (a prompt that comes again: from the next one)."""
+    seeds = [SEED + prompts[:number].count(prompt) for number, prompt in enumerate(prompts)]
     given = {"guidance_scale": scale, "num_inference_steps": args.num_inference_steps, "sampler": args.sampler}
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     pictures: list[Image.Image] = []
     with tqdm(total=len(prompts), desc="pictures" if scale is None else f"guidance {scale:g}") as bar:
         for first in range(0, len(prompts), args.batch_size):
             part = prompts[first : first + args.batch_size]
-            pictures += pipe(part, seed=[SEED] * len(part), **arguments).images
+            pictures += pipe(part, seed=seeds[first : first + len(part)], **arguments).images
             bar.update(len(part))
     return pictures
 
@@ -222,12 +227,13 @@ def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
     began = time.perf_counter()
     records = load_plain(args.train_file)
     rows = asked(records, args.num_prompts)
-    prompts, concepts = [records.captions[row] for row in rows], records.column("concept")
-    wanted = [concepts[row] for row in rows]
+    captions, concepts = [records.captions[row] for row in rows], records.column(args.answer_column)
+    prompts, wanted = [records.column(args.prompt_column)[row] for row in rows], [concepts[row] for row in rows]
     pipe = load_model(args, device)
     references = torch.cat([thumbnails(to_tensor(records.image(row))[None]) for row in range(len(records))])
     scales = sorted(set(args.guidance_scale)) if args.guidance_scale else [pipe.defaults.guidance_scale or 7.5]
-    facts = {**drawing_facts(args, pipe), "num_prompts": len(prompts), "num_drawings": len(records)}
+    columns = {"prompt_column": args.prompt_column, "answer_column": args.answer_column}
+    facts = {**drawing_facts(args, pipe), **columns, "num_prompts": len(prompts), "num_drawings": len(records)}
     results = []
     print(f"{len(prompts)} prompts, {len(records)} drawings, {facts['sampler']}, {facts['num_inference_steps']} steps")
     print("| guidance | top 1 | top 5 | seconds |\n|---|---|---|---|")
@@ -239,7 +245,7 @@ def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
         ranks = concept_ranks(vectors, wanted, references, concepts)
         first, five = hit_rate(ranks, 1), hit_rate(ranks, 5)
         row = {"guidance_scale": scale, "top1": first, "top5": five, "seconds": round(seconds, 1)}
-        results.append({**row, "ranks": dict(zip(prompts, ranks.tolist(), strict=True))})
+        results.append({**row, "ranks": dict(zip(captions, ranks.tolist(), strict=True))})
         print(f"| {scale:g} | {first:.3f} | {five:.3f} | {seconds:.0f} |", flush=True)
         save_picture(make_grid(pictures, 20), args.output / f"pictures-{scale:g}.png")
         write_results(args, device, {**facts, "results": results}, began)
@@ -270,14 +276,16 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
     """Draw the first 16 of the retrieval's captions as one labelled sheet; small pictures are enlarged."""
     began = time.perf_counter()
     records = load_plain(args.train_file)
-    prompts = [records.captions[row] for row in asked(records, NUM_SHEET)]
+    rows = asked(records, NUM_SHEET)
+    captions = [records.captions[row] for row in rows]
+    prompts = [records.column(args.prompt_column)[row] for row in rows]
     pipe = load_model(args, device)
     pictures = draw(pipe, prompts, args, args.guidance_scale)
     if pictures[0].width < 128:
         factor = 128 // pictures[0].width
         pictures = [p.resize((factor * p.width, factor * p.height), Image.Resampling.BICUBIC) for p in pictures]
     path = args.output / "sheet.png"
-    save_picture(make_grid(pictures, 8, labels=prompts), path)
+    save_picture(make_grid(pictures, 8, labels=captions), path)
     scale = args.guidance_scale or pipe.defaults.guidance_scale or 7.5
     write_results(args, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began)
     print(path)
