@@ -232,9 +232,7 @@ def resize(
     x_at, y_at = (0.5, 0.5) if crop_at is None else crop_at
     if not (0 <= x_at <= 1 and 0 <= y_at <= 1):
         raise LdmPipeError(f"crop_at {crop_at!r}: both values must be in [0, 1]")
-    scale = max(width / image.width, height / image.height)
-    scaled_width = max(width, round(image.width * scale))
-    scaled_height = max(height, round(image.height * scale))
+    scaled_width, scaled_height = cover_size(image.size, (height, width))
     if (scaled_width, scaled_height) != image.size:
         factor = image.width // scaled_width
         if factor > 1 and (scaled_width * factor, scaled_height * factor) == image.size:
@@ -246,6 +244,12 @@ def resize(
     if (left, top, scaled_width, scaled_height) == (0, 0, width, height):
         return image
     return image.crop((left, top, left + width, top + height))
+
+
+def cover_size(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the (width, height) of a picture of `size` (width, height) scaled to cover `shape` (height, width)."""
+    scale = max(shape[1] / size[0], shape[0] / size[1])
+    return max(shape[1], round(size[0] * scale)), max(shape[0], round(size[1] * scale))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

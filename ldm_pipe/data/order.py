@@ -16,7 +16,7 @@ import numpy as np
 from ldm_pipe.pretrained import LdmPipeError
 
 
-def _random_bits(count: int, *keys: int | str) -> np.ndarray:
+def random_bits(count: int, *keys: int | str) -> np.ndarray:
     """Return uint64 values that depend on the keys alone.
 
     The raw output of Philox is fixed for good, unlike the distributions of numpy's Generator (NEP 19).
@@ -45,7 +45,7 @@ def epoch_order(
         raise LdmPipeError("an epoch needs at least one picture")
     if epoch < 0:
         raise LdmPipeError(f"epoch {epoch}: must be 0 or more")
-    bits = _random_bits(num_items + 1, seed, "order", epoch)
+    bits = random_bits(num_items + 1, seed, "order", epoch)
     shuffle = np.argsort(bits[1:], kind="stable")
     if weights is None:
         return shuffle.astype(np.int64)
@@ -66,6 +66,32 @@ def concept_weights(concepts: Sequence[Hashable]) -> np.ndarray:
     """Return 1 / (number of rows of the same concept): every concept is drawn equally often."""
     counts = Counter(concepts)
     return np.array([1.0 / counts[concept] for concept in concepts])
+
+
+def batch_part(step: int, batch_size: int, process: tuple[int, int], micro: tuple[int, int]) -> tuple[int, int]:
+    """Return where one process's part of one accumulation step begins in the global batch, and its size.
+
+    Args:
+        step: step of the run, only checked.
+        batch_size: size of the global batch.
+        process: index and number of processes.
+        micro: index and number of accumulation steps.
+    Raises: LdmPipeError if the part does not exist or the batch cannot be split evenly.
+    """
+    (process_index, num_processes), (micro_step, num_micro_steps) = process, micro
+    if step < 0:
+        raise LdmPipeError(f"step {step}: must be 0 or more")
+    if not (0 <= process_index < num_processes and 0 <= micro_step < num_micro_steps):
+        raise LdmPipeError(
+            f"part ({micro_step}, {process_index}) of ({num_micro_steps}, {num_processes}) does not exist"
+        )
+    if batch_size % (num_processes * num_micro_steps):
+        raise LdmPipeError(
+            f"batch of {batch_size} cannot be split over {num_processes} processes x {num_micro_steps} steps",
+            how_to_fix="choose a batch size that is a multiple of both together",
+        )
+    size = batch_size // (num_processes * num_micro_steps)
+    return (micro_step * num_processes + process_index) * size, size
 
 
 class DataOrder:
@@ -119,20 +145,10 @@ class DataOrder:
 
         The parts, in the order (micro_step, process_index), put end to end, are the global batch.
         """
-        if step < 0:
-            raise LdmPipeError(f"step {step}: must be 0 or more")
-        num_parts = num_processes * num_micro_steps
-        if not (0 <= process_index < num_processes and 0 <= micro_step < num_micro_steps):
-            raise LdmPipeError(
-                f"part ({micro_step}, {process_index}) of ({num_micro_steps}, {num_processes}) does not exist"
-            )
-        if self.batch_size % num_parts:
-            raise LdmPipeError(
-                f"batch of {self.batch_size} cannot be split over {num_processes} processes x {num_micro_steps} steps",
-                how_to_fix="choose a batch size that is a multiple of both together",
-            )
-        part_size = self.batch_size // num_parts
-        first = step * self.batch_size + (micro_step * num_processes + process_index) * part_size
+        start, part_size = batch_part(
+            step, self.batch_size, (process_index, num_processes), (micro_step, num_micro_steps)
+        )
+        first = step * self.batch_size + start
         chunks = []
         position, end = first, first + part_size
         while position < end:
