@@ -10,7 +10,7 @@ from conditioning.label import LabelEncoder
 from conditioning.load import AnyTextEncoder, load_text_encoder
 from conditioning.openclip import OpenCLIPTextEncoder
 from conditioning.sizes import size_condition
-from conditioning.spatial import SpatialRescaler
+from conditioning.spatial import SpatialInput, SpatialRescaler
 from conditioning.t5 import T5TextEncoder
 from conditioning.text import Reading
 from conditioning.tokenizer import ClipTokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "LabelEncoder",
     "OpenCLIPTextEncoder",
     "Reading",
+    "SpatialInput",
     "SpatialRescaler",
     "T5TextEncoder",
     "TextEncoder",

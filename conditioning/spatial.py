@@ -7,7 +7,8 @@ latents. This file knows no noise schedule (it is handed alpha and sigma) and no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,68 @@ from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
 
 METHODS = ("nearest", "bilinear", "bicubic", "area")
 Size = tuple[int, int]
+SpatialKind = Literal["map", "depth"]
+
+
+@dataclass(frozen=True)
+class SpatialInput:
+    """What a model takes beside its latents, and what it takes where there is none; stored with the model.
+
+    Args:
+        channels: of the map.
+        kind: "map": from 0 to 1, shown as 2 map - 1, so that 0 means "no map" and guidance can push away from it;
+            "depth": of any unit, as Stable Diffusion 2 reads it (see `depth_condition`), in every evaluation alike.
+        method: how a map is resized to the latents.
+    """
+
+    channels: int
+    kind: SpatialKind = "map"
+    method: str = "area"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        whole = isinstance(self.channels, int) and not isinstance(self.channels, bool) and 1 <= self.channels <= 4096
+        if not whole or (self.kind == "depth" and self.channels != 1):
+            what = f"channels is {self.channels!r} of kind {self.kind!r}"
+            raise LdmPipeError(what, "spatial input", "Use a whole number from 1 to 4096; depth has 1.")
+        if self.kind not in get_args(SpatialKind) or self.method not in METHODS:
+            what = f"kind is {self.kind!r}, method {self.method!r}"
+            raise LdmPipeError(what, "spatial input", f"Known: {get_args(SpatialKind)}, {METHODS}.")
+
+    @classmethod
+    def read(cls, stored: Any, where: str) -> SpatialInput:
+        """Read what `stored` wrote.
+
+        Raises: LdmPipeError for unknown fields or values.
+        """
+        known = {field.name for field in fields(cls)}
+        if not isinstance(stored, Mapping) or not {"channels"} <= set(stored) <= known:
+            what = f"the spatial input is {stored!r:.120}"
+            raise LdmPipeError(what, where, f"It holds channels, and may hold {sorted(known)}.")
+        return cls(**stored)
+
+    def stored(self) -> dict[str, Any]:
+        """Return what JSON holds of it."""
+        return asdict(self)
+
+    def condition(self, maps: Tensor, size: Size) -> Condition:
+        """Lay maps, (B, K, H, W), beside latents of a size.
+
+        Raises: LdmPipeError for other channels, values outside 0 to 1 (kind "map"), or values that are not finite.
+        """
+        if self.kind == "depth":
+            return depth_condition(maps, size)
+        _check_map("map", maps, self.channels)
+        low, high = float(maps.min()), float(maps.max())
+        if low < 0 or high > 1:
+            what = f"the map goes from {low:g} to {high:g}"
+            raise LdmPipeError(what, "spatial condition", "Give values from 0 to 1.")
+        return Condition(spatial=2 * _resize(maps, size, self.method) - 1)
+
+    def null(self, condition: Condition) -> Condition:
+        """Return what stands in the unconditional evaluation: no map, but the same depth."""
+        maps = condition.slots()["spatial"]
+        return Condition(spatial=torch.zeros_like(maps) if self.kind == "map" else maps)
 
 
 class SpatialRescaler(PretrainedModule):
