@@ -73,7 +73,7 @@ class BucketOrder:
 
     The pictures of a bucket come as one permutation after the other, and its batches run on over the end of a
     permutation: nothing is dropped or padded, every batch is full. Batch number k of a bucket of n pictures belongs to
-    the epoch of its first picture, k B // n; within an epoch the batches of all buckets are shuffled. There is no state.
+    the epoch of its first picture, k B // n; within an epoch the batches of all buckets are shuffled.
 
     Args:
         buckets: number of the bucket of each picture.

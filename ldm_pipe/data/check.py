@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm_pipe.data.dataset import DataReport, load_records
+from ldm_pipe.data.dataset import load_records
 from ldm_pipe.data.images import MAX_PIXELS, open_image_with_notes
+from ldm_pipe.data.rows import DataReport
 from ldm_pipe.pretrained import LdmPipeError
 
 _CAPTION_KINDS = ("missing caption", "null caption")
@@ -106,7 +107,7 @@ def check_folder(
             return _Finding(error.what, (0, 0), (), "")
         return _Finding("", image.size, notes, hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest())
 
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, tuple[str, ...]], str] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for index, found in enumerate(pool.map(check, range(len(records)))):
             where = records.where(index)
@@ -115,7 +116,7 @@ def check_folder(
                 continue
             report.sizes[found.size] += 1
             report.odd_modes.update(found.notes)
-            first = seen.setdefault((found.digest, records.captions[index]), where)
+            first = seen.setdefault((found.digest, tuple(records.caption_lists[index])), where)
             if first != where:
                 report.duplicates.append(f"{where}: same picture and caption as {first}")
             elif min(found.size) < min_side:

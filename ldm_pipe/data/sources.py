@@ -245,7 +245,7 @@ def _metadata_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _read_text_files(folder: Path, files: list[Path], caption_column: str | None) -> Table:
-    captions: list[str | None] = []
+    captions: list[str | list[str] | None] = []
     problems: list[Problem] = []
     kept = []
     for path in files:
@@ -254,7 +254,7 @@ def _read_text_files(folder: Path, files: list[Path], caption_column: str | None
         try:
             if beside.is_file() and beside.stat().st_size > MAX_LINE:
                 raise ValueError(f"{beside.name} is larger than {MAX_LINE} bytes")
-            text = beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+            text = _lines(beside.read_text(encoding="utf-8")) if beside.is_file() else None
         except (OSError, ValueError) as error:
             problems.append(Problem(str(path), "broken row", f"caption file: {error}"))
             continue
@@ -267,6 +267,12 @@ def _read_text_files(folder: Path, files: list[Path], caption_column: str | None
     if caption_column is not None:
         columns[caption_column] = captions
     return Table(kept, columns, [str(path) for path in kept], "file_name", problems)
+
+
+def _lines(text: str) -> str | list[str]:
+    """Read a caption file: a line is a caption, and several lines are several captions of the picture."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines if len(lines) > 1 else "".join(lines)
 
 
 def read_dataset(dataset: Any, image_column: str, where: str) -> Table:
