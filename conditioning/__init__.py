@@ -6,7 +6,7 @@ from conditioning.clip import CLIPTextEncoder
 from conditioning.concepts import load_concept
 from conditioning.condition import Condition, TextEncoder
 from conditioning.image import CLIPImageEncoder
-from conditioning.label import LabelEncoder
+from conditioning.label import LabelEncoder, LabelInput
 from conditioning.load import AnyTextEncoder, load_text_encoder
 from conditioning.openclip import OpenCLIPTextEncoder
 from conditioning.sizes import size_condition
@@ -24,6 +24,7 @@ __all__ = [
     "ClipTokenizer",
     "Condition",
     "LabelEncoder",
+    "LabelInput",
     "OpenCLIPTextEncoder",
     "Reading",
     "SpatialInput",

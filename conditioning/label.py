@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -54,6 +55,71 @@ class ClassNames(FramedTokenizer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the names; the encoder's config holds them too."""
         atomic_write(Path(folder) / "classes.json", json.dumps(self.names, ensure_ascii=False, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class LabelInput:
+    """The classes that a U-Net knows beside the text, in a table of its own; stored with the model.
+
+    The table (`num_class_embeds` of its config) has a row more, the learned "no class".
+
+    Args:
+        classes: names of class 0, 1, 2, ...
+    """
+
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.classes or not all(isinstance(name, str) and name.strip() for name in self.classes):
+            raise LdmPipeError(f"the classes are {self.classes!r:.80}", "label input", "Give one name per class.")
+        if len(set(self.classes)) < len(self.classes):
+            what = f"{len(set(self.classes))} different names for {len(self.classes)} classes"
+            raise LdmPipeError(what, "label input", "Give each class its own name.")
+
+    @classmethod
+    def read(cls, stored: Any, where: str) -> LabelInput:
+        """Read what `stored` wrote.
+
+        Raises: LdmPipeError for anything but a list of names.
+        """
+        if not isinstance(stored, list):
+            raise LdmPipeError(f"the classes are {stored!r:.80}", where, "Give a list of names.")
+        return cls(tuple(stored))
+
+    def stored(self) -> list[str]:
+        """Return what JSON holds of it."""
+        return list(self.classes)
+
+    @property
+    def null_label(self) -> int:
+        """Return the number that means no class."""
+        return len(self.classes)
+
+    def condition(self, labels: Sequence[int | str | None]) -> Condition:
+        """Turn B names or numbers into labels, (B,); None and "" are no class.
+
+        Raises: LdmPipeError naming the label that is out of range or the name that is not known.
+        """
+        names, numbers = ClassNames(self.classes), []
+        for position, label in enumerate(labels):
+            if label is None or isinstance(label, str):
+                numbers.append((names.pieces(label or "").ids or [self.null_label])[0])
+                continue
+            numbers.append(_checked_number(label, position, self.null_label))
+        return Condition(labels=torch.tensor(numbers, dtype=torch.int64))
+
+    def null(self, condition: Condition) -> Condition:
+        """Return what stands in the unconditional evaluation: no class."""
+        return Condition(labels=torch.full_like(condition.slots()["labels"], self.null_label))
+
+
+def _checked_number(label: Any, position: int, null: int) -> int:
+    """Refuse what is no number of a class (or the null)."""
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= null:
+        what = f"label {position} is {label!r}, expected 0 to {null - 1}, or None for no class"
+        raise LdmPipeError(what, "labels", f"The model knows {null} classes.")
+    return label
 
 
 class LabelEncoder(PretrainedModule):
@@ -122,11 +188,10 @@ class LabelEncoder(PretrainedModule):
         if not isinstance(labels, Tensor) and any(isinstance(label, str) for label in labels):
             return encode_prompts(self, ["" if label is None else label for label in labels], clip_skip)  # type: ignore[misc]
         rows = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-        found = [self.null if label is None else label for label in rows]
-        for position, label in enumerate(found):
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= self.null:
-                what = f"label {position} is {label!r}, expected 0 to {self.null - 1}, or None for no class"
-                raise LdmPipeError(what, "LabelEncoder", f"The model knows {self.null} classes.")
+        found = [
+            self.null if label is None else _checked_number(label, position, self.null)
+            for position, label in enumerate(rows)
+        ]
         if not found:
             raise LdmPipeError("no labels", "LabelEncoder", "Give at least one.")
         return self(torch.tensor(found, dtype=torch.int64, device=self.device))

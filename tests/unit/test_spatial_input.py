@@ -1,4 +1,4 @@
-"""Laws of what a model takes beside its latents: maps, depth, and what stands where there is none."""
+"""Laws of what a model takes beside latents and text: maps, depth, labels, and what stands where there is none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from conditioning.label import LabelInput
 from conditioning.spatial import SpatialInput
 from ldm_pipe.pretrained import LdmPipeError
 
@@ -65,3 +66,27 @@ def test_bad_files_are_refused(stored: Any, message: str) -> None:
 def test_bad_maps_are_refused(maps: torch.Tensor, message: str) -> None:
     with pytest.raises(LdmPipeError, match=message):
         SpatialInput(1).condition(maps, (2, 2))
+
+
+def test_labels_beside_the_text_are_names_numbers_or_none() -> None:
+    beside = LabelInput(("apple", "cat"))
+    shown = beside.condition(["cat", 0, None, ""])
+    assert shown.labels is not None
+    assert shown.labels.tolist() == [1, 0, 2, 2]
+    assert beside.null(shown).slots()["labels"].tolist() == [2, 2, 2, 2]
+    assert LabelInput.read(beside.stored(), "ldm_pipe.json") == beside
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(["dog"], "no class 'dog'"), ([3], "label 0 is 3, expected 0 to 1"), ([1.0], "label 0 is 1.0")],
+)
+def test_labels_that_are_not_known_are_named(labels: list[Any], message: str) -> None:
+    with pytest.raises(LdmPipeError, match=message):
+        LabelInput(("apple", "cat")).condition(labels)
+
+
+@pytest.mark.parametrize("stored", ["apple", [], ["apple", "apple"], ["apple", 3], [" "]])
+def test_bad_names_of_classes_are_refused(stored: Any) -> None:
+    with pytest.raises(LdmPipeError, match="classes"):
+        LabelInput.read(stored, "ldm_pipe.json")
