@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autoencoder.codebook import VQTraining
 from autoencoder.config import AutoencoderKLConfig, VQModelConfig
-from autoencoder.discriminator import PatchDiscriminator
+from autoencoder.discriminator import LogitAverages, PatchDiscriminator
 from autoencoder.gaussian import DiagonalGaussian
 from autoencoder.kl import AutoencoderKL
 from autoencoder.loading import Autoencoder, load_autoencoder
@@ -28,6 +28,7 @@ __all__ = [
     "AutoencoderKLConfig",
     "AutoencoderLossConfig",
     "DiagonalGaussian",
+    "LogitAverages",
     "PatchDiscriminator",
     "PreviewDecoder",
     "Quantised",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ldm_pipe.pretrained import LdmPipeError
@@ -63,3 +64,34 @@ class PatchDiscriminator(nn.Module):
             fix = f"Give sides of at least {self.smallest}, or fewer layers."
             raise LdmPipeError(f"image size {size} leaves no patch", "PatchDiscriminator", fix)
         return self.layers(image)
+
+
+class LogitAverages(nn.Module):
+    """Keep moving averages of a discriminator's mean logits, for pictures and for reconstructions.
+
+    They are the anchors of LeCam's term (Tseng et al. 2021, arXiv:2104.03310, section 3.2); what resuming needs lies in
+    buffers. The first steps are averaged without the zeros that the averages start from (as in Adam, arXiv:1412.6980,
+    section 3).
+
+    Args:
+        decay: per step of the discriminator; the paper: 0.99.
+    """
+
+    sums: Tensor
+    weight: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("sums", torch.zeros(2))
+        self.register_buffer("weight", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, means: Tensor) -> None:
+        """Follow one step; means (2,): of the logits of pictures and of reconstructions."""
+        self.sums.lerp_(means.to(self.sums), 1.0 - self.decay)
+        self.weight.lerp_(torch.ones_like(self.weight), 1.0 - self.decay)
+
+    def anchors(self) -> Tensor | None:
+        """Return both averages, (2,), or None before the first step."""
+        return self.sums / self.weight if float(self.weight) > 0 else None

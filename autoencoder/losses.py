@@ -124,20 +124,34 @@ def adversarial_loss(discriminator: nn.Module, reconstruction: Tensor, game: Gam
 
 
 def discriminator_loss(
-    discriminator: nn.Module, image: Tensor, reconstruction: Tensor, game: Game = "hinge", r1_weight: float = 0.0
-) -> Tensor:
-    """Return the discriminator's side of the game (LDM's form with 1/2), with R1 where it is asked for.
+    discriminator: nn.Module,
+    image: Tensor,
+    reconstruction: Tensor,
+    game: Game = "hinge",
+    r1_weight: float = 0.0,
+    *,
+    lecam_weight: float = 0.0,
+    anchors: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the discriminator's side of the game (LDM's form with 1/2), with R1 or LeCam where they are asked for.
 
         hinge:    1/2 (mean max(0, 1 - D(image)) + mean max(0, 1 + D(rec)))
         vanilla:  1/2 (mean softplus(-D(image)) + mean softplus(D(rec)))
         R1:       w / 2 mean |grad_image D(image)|^2, D averaged over patches  (Mescheder et al. 2018,
                   arXiv:1801.04406, eq. 9)
+        LeCam:    w (mean (D(image) - a_rec)^2 + mean (D(rec) - a_image)^2)  (Tseng et al. 2021, arXiv:2104.03310,
+                  section 3.2)
 
     The reconstruction is detached: no gradient reaches the autoencoder. Both halves pass in one batch, so that a
     wrapper such as DDP sees one forward per backward.
+
+    Args:
+        anchors: moving averages of the logits of pictures and of reconstructions (a_image, a_rec), (2,); None: there is
+            no average yet, and no LeCam term.
+    Returns: the loss, and detached scalars "real" and "fake", the mean logits of pictures and of reconstructions.
     """
     image = image.detach().requires_grad_(r1_weight > 0)
-    logits = discriminator(torch.cat([image, reconstruction.detach().to(image.dtype)]))
+    logits = discriminator(torch.cat([image, reconstruction.detach().to(image.dtype)])).float()
     real, fake = logits.chunk(2)
     if game == "hinge":
         loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
@@ -146,7 +160,9 @@ def discriminator_loss(
     if r1_weight > 0:
         (slope,) = torch.autograd.grad(real.flatten(1).mean(1).sum(), image, create_graph=True)
         loss = loss + 0.5 * r1_weight * slope.square().flatten(1).sum(1).mean()
-    return loss
+    if lecam_weight > 0 and anchors is not None:
+        loss = loss + lecam_weight * ((real - anchors[1]).square().mean() + (fake - anchors[0]).square().mean())
+    return loss, {"real": real.detach().mean(), "fake": fake.detach().mean()}
 
 
 def adaptive_weight(

@@ -14,14 +14,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoencoder import Autoencoder, AutoencoderKL, PatchDiscriminator, VQModel, VQTraining, load_autoencoder
+from autoencoder import (
+    Autoencoder,
+    AutoencoderKL,
+    LogitAverages,
+    PatchDiscriminator,
+    Quantised,
+    VQModel,
+    VQTraining,
+    load_autoencoder,
+)
 from autoencoder.losses import Features
 from ldm_pipe.data.images import make_grid, to_pil
 from ldm_pipe.training.autoencoder import (
     AutoencoderConfig,
-    CodebookLog,
+    Lecam,
+    StepLog,
     autoencoder_parts,
     follow_codebook,
+    follow_logits,
     latent_statistics,
 )
 from ldm_pipe.training.config import parse_config, run_script
@@ -54,6 +65,15 @@ def wrap_codebook(config: AutoencoderConfig, autoencoder: Autoencoder) -> Autoen
         return autoencoder
     codebook = config.codebook
     return VQTraining(autoencoder, ema=codebook.ema, decay=codebook.decay, dead_below=codebook.dead_below)
+
+
+def build_discriminator(config: AutoencoderConfig, device: torch.device) -> PatchDiscriminator | None:
+    """Build the discriminator of the config with weights drawn from its seed, or None where it has no weight."""
+    if config.objective.adversarial_weight == 0:
+        return None
+    with torch.random.fork_rng():
+        torch.default_generator.set_state(generator(config.seed, "init", "discriminator").get_state())
+        return PatchDiscriminator(width=config.discriminator_width, num_layers=config.discriminator_layers).to(device)
 
 
 def finish(autoencoder: Autoencoder, pictures: PictureSource, folder: Path) -> None:
@@ -99,16 +119,14 @@ def main(argv: list[str]) -> None:
     device = process_device()
     autoencoder = build_autoencoder(config).to(device)
     network = wrap_codebook(config, autoencoder)
-    discriminator = None
-    if config.objective.adversarial_weight > 0:
-        with torch.random.fork_rng():
-            torch.default_generator.set_state(generator(config.seed, "init", "discriminator").get_state())
-            discriminator = PatchDiscriminator(width=config.discriminator_width, num_layers=config.discriminator_layers)
-            discriminator.to(device)
+    discriminator = build_discriminator(config, device)
+    lecam = None
+    if discriminator is not None and config.objective.lecam_weight > 0:
+        lecam = Lecam(LogitAverages().to(device))
     perceptual = load_perceptual(config.perceptual, device)
     source = CropSource(records, config.data.resolution, config.crop) if config.crop.random else pictures
-    log = CodebookLog() if network is not autoencoder else None
-    parts = autoencoder_parts(config, network, discriminator, source, perceptual, device, log=log)
+    log: StepLog[Quantised] | None = StepLog() if network is not autoencoder else None
+    parts = autoencoder_parts(config, network, discriminator, source, perceptual, device, log=log, lecam=lecam)
     folder = Path(config.output_dir)
     shown = pictures(list(range(0, len(records), max(1, len(records) // config.num_validation_images))))
     shown = shown[: config.num_validation_images]
@@ -120,9 +138,12 @@ def main(argv: list[str]) -> None:
         config, parts, num_items=len(records), weights=drawing_weights(records, config.data),
         fingerprint=records.fingerprint, validate=validate,
         save_result=lambda: finish(autoencoder, pictures, folder / "vae"),
+        kept={} if lecam is None else {"logits": lecam.averages},
     )  # fmt: skip
     if log is not None:
         follow_codebook(trainer, log)
+    if lecam is not None:
+        follow_logits(trainer, lecam)
     trainer.fit()
     if trainer.is_main:
         if trainer.step >= config.max_train_steps:

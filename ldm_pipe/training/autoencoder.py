@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder import Autoencoder, AutoencoderLossConfig, Quantised, VQTraining, autoencoder_loss, discriminator_loss
+from autoencoder import (
+    Autoencoder,
+    AutoencoderLossConfig,
+    LogitAverages,
+    Quantised,
+    VQTraining,
+    autoencoder_loss,
+    discriminator_loss,
+)
 from autoencoder.losses import Features
 from autoencoder.quantizer import perplexity
 from ldm_pipe.training.config import OptimConfig, StrictModel, TrainConfig
@@ -70,6 +78,9 @@ class ObjectiveConfig(StrictModel):
     adversarial_weight: float = Field(0.5, ge=0)
     adversarial_start: int = Field(1000, ge=0, description="first step with the discriminator")
     r1_weight: float = Field(0.0, ge=0, description="gradient penalty of the discriminator at real pictures")
+    lecam_weight: float = Field(
+        0.0, ge=0, description="pull of the discriminator's logits to the averages of the other side; the paper: 0.3"
+    )
     equivariance: float = Field(
         0.0, ge=0, le=1, description="share of steps in which latents and target are halved in size (EQ-VAE)"
     )
@@ -102,7 +113,10 @@ class AutoencoderConfig(TrainConfig):
     def _consistent(self) -> AutoencoderConfig:
         if self.network.regularisation == "kl" and self.codebook != CodebookConfig():
             raise ValueError("codebook is set, but network.regularisation is 'kl'")
-        if self.network.regularisation == "vq" and self.objective.kl_weight != ObjectiveConfig().kl_weight:
+        objective = self.objective
+        if objective.adversarial_weight == 0 and (objective.r1_weight or objective.lecam_weight):
+            raise ValueError("objective.r1_weight or lecam_weight is set, but adversarial_weight is 0")
+        if self.network.regularisation == "vq" and objective.kl_weight != ObjectiveConfig().kl_weight:
             raise ValueError("objective.kl_weight is set, but network.regularisation is 'vq'")
         return self
 
@@ -127,18 +141,29 @@ def loss_config(config: AutoencoderConfig) -> AutoencoderLossConfig:
     )
 
 
+SeenT = TypeVar("SeenT")
+
+
 @dataclass
-class CodebookLog:
-    """What one step quantised: one entry per accumulation step of this process."""
+class StepLog(Generic[SeenT]):
+    """What one step saw: one entry per accumulation step of this process."""
 
     step: int = -1
-    seen: list[Quantised] = field(default_factory=list)
+    seen: list[SeenT] = field(default_factory=list)
 
-    def add(self, step: int, quantised: Quantised) -> None:
+    def add(self, step: int, entry: SeenT) -> None:
         """Keep one entry; what an earlier step left behind (it was skipped) is dropped."""
         if step != self.step:
             self.step, self.seen = step, []
-        self.seen.append(Quantised(quantised.raw.detach(), quantised.codes.detach(), quantised.indices))
+        self.seen.append(entry)
+
+
+@dataclass
+class Lecam:
+    """What LeCam's term needs beyond a step: the averages, and the mean logits (2,) of the step at hand."""
+
+    averages: LogitAverages = field(default_factory=LogitAverages)
+    log: StepLog[Tensor] = field(default_factory=StepLog)
 
 
 def autoencoder_parts(
@@ -149,7 +174,8 @@ def autoencoder_parts(
     perceptual: Features | None,
     device: torch.device,
     *,
-    log: CodebookLog | None = None,
+    log: StepLog[Quantised] | None = None,
+    lecam: Lecam | None = None,
 ) -> list[Part]:
     """Make the two parts of the game: autoencoder first, then the discriminator on the same reconstructions.
 
@@ -157,6 +183,7 @@ def autoencoder_parts(
         network: an `AutoencoderKL`, or a `VQModel` in its training wrapper.
         pictures: maps rows to images; where the config asks for crops, rows and draws.
         log: receives what a codebook quantised, for `follow_codebook`.
+        lecam: receives mean logits, for `follow_logits`, and gives the anchors.
     """
     objective, weights = config.objective, loss_config(config)
     autoencoder = network.autoencoder if isinstance(network, VQTraining) else network
@@ -187,12 +214,18 @@ def autoencoder_parts(
             values["perplexity"] = perplexity(network.count(between)[0])
             values["alive"] = (network.usage > network.dead_below * network.usage.mean()).float().mean()
         if log is not None:
-            log.add(micro.step, between)
+            log.add(micro.step, Quantised(between.raw.detach(), between.codes.detach(), between.indices))
         return loss, {key: float(value) for key, value in values.items() if key != "loss"}
 
     def judge_loss(micro: Micro) -> tuple[Tensor, Logs]:
         image, reconstruction = micro.memo["image"], micro.memo["reconstruction"]
-        return discriminator_loss(parts[1].module, image, reconstruction, objective.game, objective.r1_weight), {}
+        loss, values = discriminator_loss(
+            parts[1].module, image, reconstruction, objective.game, objective.r1_weight,
+            lecam_weight=objective.lecam_weight, anchors=lecam.averages.anchors() if lecam else None,
+        )  # fmt: skip
+        if lecam is not None:
+            lecam.log.add(micro.step, torch.stack([values["real"], values["fake"]]))
+        return loss, {key: float(value) for key, value in values.items()}
 
     decay = config.ema_decay if config.use_ema else None
     parts = [Part("autoencoder", network, generator_loss, config.optim, decay)]
@@ -219,7 +252,17 @@ def shrink_of(config: AutoencoderConfig, step: int) -> int:
     return 2 if float(draw) < config.objective.equivariance else 1
 
 
-def follow_codebook(trainer: Trainer, log: CodebookLog) -> None:
+def follow_logits(trainer: Trainer, lecam: Lecam) -> None:
+    """After each step of the discriminator's optimiser, let the averages of LeCam's term follow; alike everywhere."""
+
+    def after_step(*_: Any) -> None:
+        means = torch.stack(lecam.log.seen).mean(0)
+        lecam.averages.update(trainer.accelerator.reduce(means, "mean"))  # type: ignore[arg-type]
+
+    trainer.optimizers["discriminator"].register_step_post_hook(after_step)
+
+
+def follow_codebook(trainer: Trainer, log: StepLog[Quantised]) -> None:
     """After each step of the autoencoder's optimiser, move the codebook and, at intervals, revive its dead codes.
 
     A step that is skipped for bad numbers moves nothing. All processes see the same counts, latents and draws, and so

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoencoder import AutoencoderKL, VQModel, VQTraining
 from ldm_pipe.data.images import to_tensor
-from ldm_pipe.training.autoencoder import AutoencoderConfig, CodebookLog, autoencoder_parts, follow_codebook
+from ldm_pipe.training.autoencoder import AutoencoderConfig, StepLog, autoencoder_parts, follow_codebook
 from ldm_pipe.training.config import build_config
 from ldm_pipe.training.crops import random_crop
 from ldm_pipe.training.loop import Trainer
@@ -63,7 +63,7 @@ def train(kind: str, folder: Path, pictures: Tensor) -> tuple[AutoencoderKL | VQ
         "checkpointing_steps": 1000,
     }
     config = build_config(AutoencoderConfig, values, "test")
-    log = CodebookLog()
+    log = StepLog()
     used = log if kind == "vq" else None
     network = VQTraining(autoencoder, ema=False) if kind == "vq" else autoencoder
     parts = autoencoder_parts(config, network, None, lambda rows: pictures[rows], None, torch.device("cpu"), log=used)

@@ -13,6 +13,7 @@ from autoencoder import (
     AutoencoderKL,
     AutoencoderLossConfig,
     DiagonalGaussian,
+    LogitAverages,
     PatchDiscriminator,
     Quantised,
     adaptive_weight,
@@ -29,6 +30,10 @@ STANDARD = DiagonalGaussian(torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, 4))
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def judge_loss(*args: Any, **options: Any) -> Tensor:
+    return discriminator_loss(*args, **options)[0]
 
 
 class Features(nn.Module):
@@ -178,17 +183,15 @@ def test_hinge_loss_of_known_logits() -> None:
     def constant(value: float) -> Tensor:
         return torch.full((2, 3, 4, 4), float(value))
 
-    hinge = [
-        float(discriminator_loss(Mean(), constant(real), constant(fake))) for real, fake in ((0, 0), (2, -2), (-1, 1))
-    ]
+    hinge = [float(judge_loss(Mean(), constant(real), constant(fake))) for real, fake in ((0, 0), (2, -2), (-1, 1))]
     assert hinge == [1.0, 0.0, 2.0]
     assert float(adversarial_loss(Mean(), constant(0.25))) == -0.25
     # Vanilla: the entropy of a coin where nothing is known, and the autoencoder's side does not saturate.
     coin = math.log(2)
-    assert float(discriminator_loss(Mean(), constant(0), constant(0), "vanilla")) == pytest.approx(coin)
+    assert float(judge_loss(Mean(), constant(0), constant(0), "vanilla")) == pytest.approx(coin)
     assert float(adversarial_loss(Mean(), constant(0), "vanilla")) == pytest.approx(coin)
     expected = 0.5 * (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)))
-    assert float(discriminator_loss(Mean(), constant(2), constant(-1), "vanilla")) == pytest.approx(expected)
+    assert float(judge_loss(Mean(), constant(2), constant(-1), "vanilla")) == pytest.approx(expected)
     lost = torch.full((1, 3, 4, 4), -50.0, requires_grad=True)
     adversarial_loss(Mean(), lost, "vanilla").backward()
     assert lost.grad is not None
@@ -205,17 +208,43 @@ def test_r1_is_half_the_squared_slope_at_real_pictures() -> None:
             return (image * self.slope).sum((1, 2, 3), keepdim=True)
 
     judge, real, fake = Linear(), randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
-    plain = discriminator_loss(judge, real, fake, "vanilla")
-    penalised = discriminator_loss(judge, real, fake, "vanilla", r1_weight=3.0)
+    plain = judge_loss(judge, real, fake, "vanilla")
+    penalised = judge_loss(judge, real, fake, "vanilla", r1_weight=3.0)
     torch.testing.assert_close(penalised - plain, 1.5 * judge.slope.square().sum())
     (gradient,) = torch.autograd.grad(penalised - plain, judge.slope)
     torch.testing.assert_close(gradient, 3.0 * judge.slope)
 
 
+def test_lecam_pulls_each_side_to_the_average_of_the_other() -> None:
+    """Tseng et al. 2021: zero where the logits are the other side's averages, and squared beyond."""
+    judge, real, fake = nn.Conv2d(3, 1, 1), randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    plain, means = discriminator_loss(judge, real, fake)
+    torch.testing.assert_close(means["real"], judge(real).mean())
+    torch.testing.assert_close(means["fake"], judge(fake).mean())
+    anchors = torch.tensor([0.7, -0.4])
+    added = judge_loss(judge, real, fake, lecam_weight=2.0, anchors=anchors) - plain
+    expected = 2.0 * ((judge(real) + 0.4).square().mean() + (judge(fake) - 0.7).square().mean())
+    torch.testing.assert_close(added, expected)
+    assert torch.equal(judge_loss(judge, real, fake, lecam_weight=2.0), plain), "no average yet, no pull"
+    level = torch.full((2, 3, 4, 4), 0.5)
+    same = judge(level).mean().detach().expand(2)
+    unchanged = judge_loss(judge, level, level, lecam_weight=2.0, anchors=same) - judge_loss(judge, level, level)
+    assert float(unchanged.detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_averages_of_logits_do_not_start_from_zero() -> None:
+    averages = LogitAverages(decay=0.9)
+    assert averages.anchors() is None
+    averages.update(torch.tensor([2.0, -1.0]))
+    torch.testing.assert_close(averages.anchors(), torch.tensor([2.0, -1.0]))
+    averages.update(torch.tensor([4.0, -3.0]))
+    torch.testing.assert_close(averages.anchors(), torch.tensor([0.9 * 2 + 4, -0.9 * 1 - 3]) / 1.9)
+
+
 def test_r1_trains_the_patch_discriminator_alone(discriminator: PatchDiscriminator) -> None:
     image = randn(2, 3, 16, 16)
     reconstruction = randn(2, 3, 16, 16, seed=1).requires_grad_()
-    discriminator_loss(discriminator, image, reconstruction, r1_weight=10.0).backward()
+    judge_loss(discriminator, image, reconstruction, r1_weight=10.0).backward()
     assert reconstruction.grad is None
     assert image.grad is None
     assert not image.requires_grad
@@ -236,7 +265,7 @@ def test_the_quantisers_loss_takes_the_place_of_the_divergence() -> None:
 def test_fake_not_detached(model: AutoencoderKL, discriminator: PatchDiscriminator) -> None:
     image = randn(2, 3, 16, 16)
     reconstruction, _ = model(image)
-    discriminator_loss(discriminator, image, reconstruction).backward()
+    judge_loss(discriminator, image, reconstruction).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, parameter in discriminator.named_parameters():
         assert parameter.grad is not None, name
@@ -266,7 +295,7 @@ def test_discriminator_is_stepped_and_learns(discriminator: PatchDiscriminator) 
     optimiser = torch.optim.Adam(discriminator.parameters(), 1e-2)
     losses = []
     for _ in range(30):
-        loss = discriminator_loss(discriminator, real, fake)
+        loss = judge_loss(discriminator, real, fake)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -278,11 +307,11 @@ def test_discriminator_is_stepped_and_learns(discriminator: PatchDiscriminator) 
 def test_accumulated_halves_are_the_whole_batch(model: AutoencoderKL, discriminator: PatchDiscriminator) -> None:
     image = randn(4, 3, 16, 16)
     reconstruction = model(image)[0].detach()
-    discriminator_loss(discriminator, image, reconstruction).backward()
+    judge_loss(discriminator, image, reconstruction).backward()
     whole = [p.grad.clone() for p in discriminator.parameters() if p.grad is not None]
     discriminator.zero_grad(set_to_none=True)
     for x, r in zip(image.split(2), reconstruction.split(2), strict=True):
-        (discriminator_loss(discriminator, x, r) / 2).backward()
+        (judge_loss(discriminator, x, r) / 2).backward()
     for parameter, gradient in zip(discriminator.parameters(), whole, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)

@@ -1,10 +1,9 @@
-"""Laws of the autoencoder task: both networks step, both resume, and the latent statistics are those of samples."""
+"""Laws of the autoencoder task: codebooks move and resume, and the latent statistics are those of samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,147 +13,18 @@ from torch import Tensor
 
 pytest.importorskip("accelerate")
 
-from autoencoder import AutoencoderKL, PatchDiscriminator, VQModel, VQTraining
+from autoencoder import VQTraining
 from ldm_pipe.training.autoencoder import (
     REVIVE_EVERY,
     AutoencoderConfig,
-    CodebookLog,
     PreviewTrainConfig,
-    autoencoder_parts,
     flip_some,
-    follow_codebook,
     latent_statistics,
     shrink_of,
 )
-from ldm_pipe.training.config import build_config
-from ldm_pipe.training.loop import Trainer
 from ldm_pipe.training.preview import make_preview
+from tests.autoencoders import RESOLUTION, make_autoencoder, make_pictures, make_trainer, make_vq, make_vq_trainer
 from tests.training import assert_same_bits, whole_state
-
-RESOLUTION = 16
-SHAPE = {
-    "block_out_channels": [4, 8],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 3,
-    "norm_num_groups": 2,
-    "mid_block_add_attention": False,
-}
-
-
-def make_pictures(num: int = 7) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(num, 3, 4, 4, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
-
-
-def make_autoencoder(seed: int = 0) -> AutoencoderKL:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoencoderKL.from_config(SHAPE)
-
-
-def make_vq(seed: int = 0) -> VQModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return VQModel.from_config({**SHAPE, "num_vq_embeddings": 8})
-
-
-def make_vq_trainer(folder: Path, *, ema: bool = True, dead_below: float = 0.03, **changes: Any) -> Trainer:
-    """Train a VQ autoencoder on the same pictures, without a discriminator."""
-    codebook = {"num_vq_embeddings": 8, "ema": ema, "dead_below": dead_below, "decay": 0.9}
-    values = {
-        "output_dir": str(folder),
-        "max_train_steps": 13,
-        "train_batch_size": 4,
-        "checkpointing_steps": 100,
-        "report_to": "none",
-        "num_threads": 1,
-        "perceptual": None,
-        "network": {"regularisation": "vq"},
-        "codebook": codebook,
-        "data": {"resolution": RESOLUTION},
-        "optim": {"learning_rate": 1e-3, "lr_warmup_steps": 0},
-    }
-    config = build_config(AutoencoderConfig, {**values, **changes}, "test")
-    pictures, log = make_pictures(), CodebookLog()
-    network = VQTraining(make_vq(), ema=ema, decay=0.9, dead_below=dead_below)
-    parts = autoencoder_parts(config, network, None, lambda rows: pictures[rows], None, torch.device("cpu"), log=log)
-    trainer = Trainer(config, parts, num_items=len(pictures), fingerprint="pictures")
-    follow_codebook(trainer, log)
-    return trainer
-
-
-def make_trainer(folder: Path, start: int = 2, **changes: Any) -> Trainer:
-    values = {
-        "output_dir": str(folder),
-        "max_train_steps": 5,
-        "train_batch_size": 3,
-        "checkpointing_steps": 100,
-        "report_to": "none",
-        "num_threads": 1,
-        "perceptual": None,
-        "objective": {"adversarial_start": start},
-        "data": {"resolution": RESOLUTION, "random_flip": True},
-        "optim": {"learning_rate": 1e-3, "lr_warmup_steps": 0},
-        "discriminator_optim": {"learning_rate": 1e-3, "lr_warmup_steps": 0},
-    }
-    config = build_config(AutoencoderConfig, {**values, **changes}, "test")
-    pictures = make_pictures()
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        judge = PatchDiscriminator(width=4, num_layers=1)
-    parts = autoencoder_parts(config, make_autoencoder(), judge, lambda rows: pictures[rows], None, torch.device("cpu"))
-    return Trainer(config, parts, num_items=len(pictures), fingerprint="pictures")
-
-
-def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {name.split("/")[0] for name in after if name not in before or not torch.equal(before[name], after[name])}
-
-
-def test_the_discriminator_rests_until_its_start_and_then_both_networks_step(tmp_path: Path) -> None:
-    """diffusers' example never stepped it (PR 11113)."""
-    trainer = make_trainer(tmp_path)
-    states, logs = [whole_state(trainer)], []
-    for _ in range(4):
-        logs.append(trainer.train_step())
-        states.append(whole_state(trainer))
-    own = {"autoencoder", "autoencoder.ema", "autoencoder.optimizer"}
-    both = own | {"discriminator", "discriminator.optimizer"}
-    assert [changed(a, b) for a, b in pairwise(states)] == [own, own, both, both]
-    assert "discriminator/loss" not in logs[1]
-    assert "autoencoder/adversarial" not in logs[1]
-    assert math.isfinite(logs[2]["discriminator/loss"])
-    assert math.isfinite(logs[2]["autoencoder/adversarial"])
-
-
-def test_each_network_learns_from_its_own_loss_only(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, start=0)
-    autoencoder, judge = trainer.raw["autoencoder"], trainer.raw["discriminator"]
-    caught: dict[str, list[bool]] = {}
-
-    def catch(name: str) -> None:
-        def hook(*_: Any) -> None:
-            caught[name] = [any(p.grad is not None for p in net.parameters()) for net in (autoencoder, judge)]
-
-        trainer.optimizers[name].register_step_pre_hook(hook)
-
-    for name in trainer.optimizers:
-        catch(name)
-    trainer.train_step()
-    assert caught == {"autoencoder": [True, False], "discriminator": [False, True]}
-
-
-@pytest.mark.parametrize("stop_at", [1, 3])
-def test_both_networks_resume_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
-    unbroken = make_trainer(tmp_path / "a")
-    unbroken.fit()
-    first = make_trainer(tmp_path / "b")
-    for _ in range(stop_at):
-        first.train_step()
-    first.save()
-    second = make_trainer(tmp_path / "b", resume_from_checkpoint="latest")
-    second.fit()
-    assert_same_bits(whole_state(second), whole_state(unbroken))
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -231,8 +101,7 @@ def test_a_skipped_step_moves_no_code(tmp_path: Path) -> None:
 
 
 def test_equivariance_halves_latents_and_target_in_its_share_of_steps(tmp_path: Path) -> None:
-    half = {"objective": {"equivariance": 0.5, "adversarial_weight": 0.0}}
-    config = make_trainer(tmp_path, **half).config
+    config = make_trainer(tmp_path, objective={"equivariance": 0.5, "adversarial_weight": 0.0}).config
     assert isinstance(config, AutoencoderConfig)
     drawn = [shrink_of(config, step) for step in range(200)]
     assert 70 < drawn.count(2) < 130
@@ -249,19 +118,6 @@ def test_equivariance_halves_latents_and_target_in_its_share_of_steps(tmp_path: 
         trainer.raw["autoencoder"].forward = spy  # type: ignore[method-assign]
         assert math.isfinite(trainer.train_step()["autoencoder/reconstruction"])
         assert seen == [(RESOLUTION // 2, RESOLUTION // 2)]
-
-
-def test_a_nan_picture_reaches_neither_network(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, start=0)
-    trainer.train_step()
-    before = whole_state(trainer)
-    forward = trainer.raw["autoencoder"].forward
-    trainer.raw["autoencoder"].forward = lambda *a: tuple(
-        x * math.nan if i == 0 else x for i, x in enumerate(forward(*a))
-    )  # type: ignore[method-assign]
-    trainer.train_step()
-    assert_same_bits(whole_state(trainer), before)
-    assert trainer.skipped == 1
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
