@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.data.dataset import Records
-from ldm_pipe.data.images import resize, to_tensor
+from ldm_pipe.data.framing import CENTER, frame_picture
+from ldm_pipe.data.images import to_tensor
 from ldm_pipe.data.shards import MANIFEST, Shards, settings_key, write_shards
 from ldm_pipe.pretrained import LdmPipeError
 
@@ -54,20 +55,25 @@ def module_hash(module: nn.Module) -> str:
 
 
 class LatentCache:
-    """Raw latent moments of all pictures of a data set.
+    """Raw latent moments of all pictures of a data set, several variants of each.
 
-    Row `i` belongs to picture `i` of the records; with `flip`, variant 1 is the mirrored picture.
+    Row `i * num_variants + v` belongs to picture `i` of the records. Variant `v` is crop `v // 2`, mirrored if odd,
+    when `flip` is set, else crop `v`.
     """
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
         self.settings = shards.settings
-        self.num_variants = 2 if self.settings["flip"] else 1
+        self.num_crops = int(self.settings["num_crops"])
+        self.num_variants = (2 if self.settings["flip"] else 1) * self.num_crops
         # whole caches are checked here, larger ones row by row when they are read
         if shards.tensors is not None:
-            for name, tensor in shards.tensors.items():
+            for name in ("mean", "log_var"):
                 _check_finite(
-                    tensor, lambda row: f"picture {row // self.num_variants}", f"cached {name}", shards.folder
+                    shards.tensors[name],
+                    lambda row: f"picture {row // self.num_variants}",
+                    f"cached {name}",
+                    shards.folder,
                 )
 
     @classmethod
@@ -78,9 +84,10 @@ class LatentCache:
         encode_moments: Callable[[Tensor], Moments],
         *,
         autoencoder_hash: str,
-        resolution: int,
+        resolution: int | tuple[int, int],
         flip: bool = False,
-        center_crop: bool = True,
+        num_crops: int = 1,
+        crop_seed: int | None = None,
         batch_size: int = 16,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -95,24 +102,28 @@ class LatentCache:
             encode_moments: maps images (B, 3, H, W) in [-1, 1] to an object with `mean` and `log_var`, (B, C, h, w),
                 raw.
             autoencoder_hash: `module_hash` of the encoder.
-            resolution: side of the square pictures.
+            resolution: side of the square pictures, or (height, width).
             flip: also encode each picture mirrored.
-            center_crop: crop the middle; False keeps the upper left (crops drawn anew per epoch cannot be cached).
-            batch_size: pictures encoded at once.
+            num_crops: crops of each picture, drawn with `crop_seed`.
+            crop_seed: None crops the middle; else crops are drawn by this seed, the picture's name and their number.
+            batch_size: images encoded at once.
             device: where the encoder is.
             dtype: number type of the stored moments.
             max_memory_bytes: larger caches are read from disk row by row.
             progress: called with (pictures done, all pictures).
         Raises: LdmPipeError naming the picture whose latents are NaN or infinite.
         """
+        if num_crops < 1 or (num_crops > 1 and crop_seed is None):
+            raise LdmPipeError(f"{num_crops} crops of the middle", "latent cache", "Give a crop_seed, or one crop.")
         settings = {
             "kind": "latents",
             "images": records.image_fingerprint,
             "num_images": len(records),
             "autoencoder": autoencoder_hash,
-            "resolution": resolution,
+            "shape": [resolution, resolution] if isinstance(resolution, int) else list(resolution),
             "flip": flip,
-            "center_crop": center_crop,
+            "num_crops": num_crops,
+            "crop_seed": crop_seed,
             "dtype": str(dtype),
         }
         folder = Path(root) / settings_key(settings)
@@ -139,13 +150,20 @@ class LatentCache:
             raise LdmPipeError("the cache is larger than max_memory_bytes", str(self._shards.folder), "Use moments().")
         return self._shards.tensors[name]
 
-    def moments(self, indices: Iterable[int], variants: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Return (mean, log_var) of some pictures, each (B, C, h, w); variants: 0 or 1 (mirrored) per picture."""
-        indices = [int(index) for index in indices]
+    def time_ids(self, indices: Iterable[int], variants: Iterable[int] | None = None) -> Tensor:
+        """Return original size, crop and target size of some pictures, int64 (B, 6); see `framing.Frame`."""
+        return self._shards.rows("time_ids", self._rows([int(index) for index in indices], variants))
+
+    def _rows(self, indices: list[int], variants: Iterable[int] | None) -> list[int]:
         chosen = [0] * len(indices) if variants is None else [int(variant) for variant in variants]
         if len(chosen) != len(indices) or not all(0 <= variant < self.num_variants for variant in chosen):
             raise LdmPipeError(f"variants must be one number below {self.num_variants} per picture")
-        rows = [index * self.num_variants + variant for index, variant in zip(indices, chosen, strict=True)]
+        return [index * self.num_variants + variant for index, variant in zip(indices, chosen, strict=True)]
+
+    def moments(self, indices: Iterable[int], variants: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Return (mean, log_var) of some pictures, each (B, C, h, w), one variant per picture (None: the first)."""
+        indices = [int(index) for index in indices]
+        rows = self._rows(indices, variants)
         mean, log_var = (self._shards.rows(name, rows) for name in ("mean", "log_var"))
         if self._shards.tensors is None:
             for tensor in (mean, log_var):
@@ -163,24 +181,34 @@ def _encode_pictures(
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> Iterator[dict[str, Tensor]]:
-    crop_at = None if settings["center_crop"] else (0.0, 0.0)
-    num_variants = 2 if settings["flip"] else 1
-    for start in range(0, len(records), batch_size):
-        indices = range(start, min(start + batch_size, len(records)))
-        pictures = [
-            resize(records.image(index), settings["resolution"], settings["center_crop"], crop_at=crop_at)
-            for index in indices
-        ]
-        images = torch.stack([to_tensor(picture) for picture in pictures])  # (B, 3, H, W)
-        if num_variants == 2:
-            images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, H, W)
+    shape, num_crops = tuple(settings["shape"]), settings["num_crops"]
+    mirrors = (False, True) if settings["flip"] else (False,)
+    num_variants = num_crops * len(mirrors)
+    size, names = max(1, batch_size // num_variants), records.ids
+    for start in range(0, len(records), size):
+        indices = range(start, min(start + size, len(records)))
+        framed = []
+        for index in indices:
+            picture = records.image(index)
+            for number in range(num_crops):
+                crop_at = crop_position(settings["crop_seed"], names[index], number)
+                framed += [frame_picture(picture, shape, crop_at, mirror) for mirror in mirrors]
+        images = torch.stack([to_tensor(part) for part, _ in framed])  # (B * num_variants, 3, H, W)
         moments = encode_moments(images.to(device))
         batch = {"mean": moments.mean.to("cpu", dtype), "log_var": moments.log_var.to("cpu", dtype)}
         for name, tensor in batch.items():
             _check_finite(tensor, lambda row, s=start: records.where(s + row // num_variants), f"{name} of the latents")
-        yield batch
+        yield {**batch, "time_ids": torch.tensor([frame.time_ids for _, frame in framed])}
         if progress is not None:
             progress(indices.stop, len(records))
+
+
+def crop_position(seed: int | None, name: str, number: int) -> tuple[float, float]:
+    """Return where a picture is cropped, (x, y) in [0, 1): the middle without a seed, else drawn by all three."""
+    if seed is None:
+        return CENTER
+    draw = random.Random(hashlib.blake2b(f"{seed}/crop/{name}/{number}".encode("utf-8", "surrogatepass")).digest())
+    return draw.random(), draw.random()
 
 
 def _check_finite(tensor: Tensor, name_of: Callable[[int], str], what: str, folder: Path | None = None) -> None:
@@ -305,19 +333,19 @@ def _encode_texts(
 
 
 def caption_variants(
-    captions: Sequence[str],
+    captions: Sequence[str | Sequence[str]],
     keywords: Sequence[Sequence[str]],
     num_variants: int,
     seed: int,
     mix: Callable[[str, Sequence[str], random.Random], str],
     styles: Sequence[str] | None = None,
 ) -> list[list[str]]:
-    """Draw K caption variants per picture, the first one the plain caption; keyed by (seed, row, variant).
+    """Draw K caption variants per picture: first its captions as they are, then mixes; keyed by (seed, row, variant).
 
     Args:
-        captions: one caption per picture.
+        captions: one caption per picture, or several.
         keywords: one keyword list per picture.
-        num_variants: K.
+        num_variants: K, at least as many as a picture has captions.
         seed: seed of the draw.
         mix: `ldm_pipe.data.captions.mix_caption` or the like.
         styles: words appended to every variant of a picture (", noto style"), or None.
@@ -325,10 +353,14 @@ def caption_variants(
     if num_variants < 1:
         raise LdmPipeError(f"{num_variants} caption variants: must be at least 1")
     drawn = []
-    for row, (caption, words) in enumerate(zip(captions, keywords, strict=True)):
+    for row, (given, words) in enumerate(zip(captions, keywords, strict=True)):
+        plain = [given] if isinstance(given, str) else list(given)
+        if len(plain) > num_variants:
+            what = f"picture {row} has {len(plain)} captions, but {num_variants} variants are drawn"
+            raise LdmPipeError(what, "captions", f"Raise num_caption_variants to at least {len(plain)}.")
         mixed = [
-            mix(caption, words, random.Random(hashlib.blake2b(f"{seed}/{row}/{k}".encode()).digest()))
-            for k in range(1, num_variants)
+            mix(plain[k % len(plain)], words, random.Random(hashlib.blake2b(f"{seed}/{row}/{k}".encode()).digest()))
+            for k in range(len(plain), num_variants)
         ]
-        drawn.append([text + (styles[row] if styles else "") for text in (caption, *mixed)])
+        drawn.append([text + (styles[row] if styles else "") for text in (*plain, *mixed)])
     return drawn

@@ -93,6 +93,40 @@ def test_cached_moments_are_those_of_the_encoder(tmp_path: Path, records: Record
         cache.moments([NUM])
 
 
+def test_several_crops_are_those_of_their_place_with_matching_time_ids(tmp_path: Path, records: Records) -> None:
+    """Each variant is what encoding that part of the picture gives, and its time ids say which part it is."""
+    encoder = Encoder()
+    options = {"resolution": (4, 6), "flip": True, "num_crops": 3, "crop_seed": 5}
+    cache = build(tmp_path / "cache", records, encoder, **options)
+    assert (cache.num_variants, len(cache)) == (6, NUM)
+    places = set()
+    for variant in range(6):
+        (ids,) = cache.time_ids([7], [variant]).tolist()
+        top, left = ids[2:4]
+        assert (ids[:2], ids[4:]) == ([8, 8], [4, 6])
+        whole = to_tensor(resize(records.image(7), 6))
+        part = (whole.flip(-1) if variant % 2 else whole)[:, top : top + 4, left : left + 6]
+        with torch.no_grad():
+            wanted = encoder(part[None]).mean[0]
+        torch.testing.assert_close(cache.moments([7], [variant])[0][0], wanted, rtol=0, atol=1e-6)
+        places.add(top)
+    assert len(places) > 1, "the crops differ"
+    again = build(tmp_path / "other", records.select([7]), encoder, **options)
+    assert torch.equal(again.mean, cache.moments([7] * 6, range(6))[0]), "a crop depends on the picture's name alone"
+    with pytest.raises(LdmPipeError, match="crop_seed"):
+        build(tmp_path / "cache", records, encoder, num_crops=2)
+
+
+def test_several_captions_come_first_and_then_mixes_of_each() -> None:
+    found = caption_variants([["a b", "c d"], "e f"], [[], ["word"]], 6, 0, mix_caption)
+    assert found[0][:2] == ["a b", "c d"]
+    assert found[1][0] == "e f"
+    assert {text[0] for text in found[0][2:]} <= set("abcd")
+    assert [len(row) for row in found] == [6, 6]
+    with pytest.raises(LdmPipeError, match="at least 2"):
+        caption_variants([["a", "b"]], [[]], 1, 0, mix_caption)
+
+
 def test_latents_are_computed_once(tmp_path: Path, records: Records) -> None:
     encoder = Encoder()
     steps: list[tuple[int, int]] = []
@@ -107,7 +141,14 @@ def test_latents_are_computed_once(tmp_path: Path, records: Records) -> None:
 def test_whatever_changes_the_latents_changes_the_folder(tmp_path: Path, records: Records) -> None:
     encoder = Encoder()
     build(tmp_path, records, encoder)
-    for options in ({"resolution": 8}, {"flip": True}, {"center_crop": False}, {"dtype": torch.float16}):
+    for options in (
+        {"resolution": 8},
+        {"flip": True},
+        {"crop_seed": 3},
+        {"crop_seed": 3, "num_crops": 2},
+        {"resolution": (4, 6)},
+        {"dtype": torch.float16},
+    ):
         seen = encoder.num_seen
         build(tmp_path, records, encoder, **options)
         assert encoder.num_seen > seen, options
@@ -141,7 +182,7 @@ def test_nan_in_latents_names_the_picture_and_leaves_nothing(tmp_path: Path, rec
 def test_nan_in_a_cache_written_elsewhere_is_noticed(tmp_path: Path, max_memory_bytes: int) -> None:
     tensors = {"mean": torch.zeros(3, 1, 2, 2), "log_var": torch.zeros(3, 1, 2, 2)}
     tensors["mean"][1, 0, 0, 0] = float("nan")
-    folder = write_shards(tmp_path, {"flip": False}, [tensors])
+    folder = write_shards(tmp_path, {"flip": False, "num_crops": 1}, [tensors])
     with pytest.raises(LdmPipeError, match="picture 1"):
         LatentCache(Shards(folder, max_memory_bytes=max_memory_bytes)).moments([0, 1])
 
