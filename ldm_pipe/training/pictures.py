@@ -1,18 +1,30 @@
-"""Records as training input: filtered, weighted by concept, decoded to tensors once where they fit in memory."""
+"""Records as training input: filtered, weighted by concept, framed by shape, decoded or cached as latents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ldm_pipe.data.buckets import BucketOrder, Shape, assign_buckets, bucket_shapes
+from ldm_pipe.data.cache import LatentCache, Moments
 from ldm_pipe.data.dataset import Records, load_records
+from ldm_pipe.data.framing import CENTER, frame_picture
 from ldm_pipe.data.images import resize, to_tensor
-from ldm_pipe.data.order import concept_weights
+from ldm_pipe.data.order import DataOrder, concept_weights
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.config import DataConfig
+from ldm_pipe.training.rng import batch_uniform
+
+if TYPE_CHECKING:
+    from ldm_pipe.training.loop import Micro
 
 MAX_RESIDENT_BYTES = 2 << 30
 
@@ -24,6 +36,10 @@ def open_records(config: DataConfig) -> Records:
         image_column=config.image_column,
         caption_column=config.caption_column,
         keywords_column=config.keywords_column,
+        null_captions=config.null_captions,
+        check_images=config.check_images,
+        max_bad_fraction=config.max_bad_fraction,
+        config_name=config.dataset_config_name,
     )
     if config.exclude_columns:
         records = records.filter(**dict.fromkeys(config.exclude_columns, False))
@@ -35,6 +51,168 @@ def open_records(config: DataConfig) -> Records:
 def drawing_weights(records: Records, config: DataConfig) -> np.ndarray | None:
     """Return 1 / (rows of the same concept) for each row, or None without a concept column."""
     return None if config.concept_column is None else concept_weights(records.column(config.concept_column))
+
+
+@dataclass(frozen=True)
+class ShapePlan:
+    """Which picture is trained at which shape.
+
+    Args:
+        shapes: (height, width) in pixels.
+        buckets: number of its shape for each row, int64 (N,).
+    """
+
+    shapes: list[Shape]
+    buckets: np.ndarray
+
+    def order(self, seed: int, weights: np.ndarray | None = None) -> Callable[[int], DataOrder | BucketOrder]:
+        """Return what makes the order of the run for a given global batch.
+
+        Raises: LdmPipeError for weights together with several shapes.
+        """
+        if len(self.shapes) == 1:
+            return lambda batch_size: DataOrder(len(self.buckets), batch_size, seed, weights)
+        if weights is not None:
+            what = "rows are weighted by concept and grouped by shape"
+            raise LdmPipeError(what, "data", "Use either concept_column or aspect_ratio_buckets.")
+        return lambda batch_size: BucketOrder(self.buckets, batch_size, seed)
+
+
+def plan_shapes(records: Records, config: DataConfig, global_batch: int) -> ShapePlan:
+    """Give every picture its shape: the square, or with `aspect_ratio_buckets` the one of its own aspect ratio.
+
+    Args:
+        records: the pictures.
+        config: resolution and buckets.
+        global_batch: buckets with fewer pictures are dissolved.
+    """
+    if not config.aspect_ratio_buckets:
+        return ShapePlan([(config.resolution, config.resolution)], np.zeros(len(records), dtype=np.int64))
+    shapes = bucket_shapes(config.resolution, config.bucket_step, config.max_aspect_ratio)
+    used, buckets = np.unique(assign_buckets(records.sizes, shapes, global_batch), return_inverse=True)
+    return ShapePlan([shapes[number] for number in used], buckets)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Pictures of one shape and what a network is told of them.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        time_ids: original size, crop, target size, int64 (B, 6); see `ldm_pipe.data.framing.Frame`.
+        captions: one of the captions of each picture.
+    """
+
+    images: Tensor
+    time_ids: Tensor
+    captions: list[str]
+
+
+class ImageBatches:
+    """Map the slice of a step to pictures, cropped, mirrored and captioned anew at each use.
+
+    All draws are keyed by (seed, step, place in the batch): the same in any process, at any number of threads.
+    """
+
+    def __init__(self, records: Records, plan: ShapePlan, config: DataConfig, seed: int) -> None:
+        self.records, self.plan, self.config, self.seed = records, plan, config, seed
+        self._pool = ThreadPoolExecutor(8)
+
+    def __call__(self, micro: Micro) -> ImageBatch:
+        """Return the pictures of a slice."""
+        shape = self.plan.shapes[int(self.plan.buckets[micro.indices[0]])]
+        draws = batch_uniform(4, self.seed, "frame", micro.step, positions=micro.positions).tolist()
+        images = self._pool.map(self.records.image, micro.indices)
+        framed = [frame_as_drawn(*pair, shape, self.config) for pair in zip(images, draws, strict=True)]
+        lists = [self.records.caption_lists[row] for row in micro.indices]
+        captions = [texts[int(draw[3] * len(texts))] for texts, draw in zip(lists, draws, strict=True)]
+        return ImageBatch(
+            torch.stack([image for image, _ in framed]), torch.tensor([ids for _, ids in framed]), captions
+        )
+
+
+def frame_as_drawn(
+    image: Image.Image, draws: list[float], shape: Shape, config: DataConfig
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Crop and mirror one picture by its draws (x, y, mirror): the image (3, H, W) and its time ids."""
+    crop_at = CENTER if config.center_crop else (draws[0], draws[1])
+    part, frame = frame_picture(image, shape, crop_at, config.random_flip and draws[2] < 0.5)
+    return to_tensor(part), frame.time_ids
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Cached latents of one shape.
+
+    Args:
+        mean, log_var: raw moments, (B, C, h, w).
+        time_ids: as in `ImageBatch`.
+    """
+
+    mean: Tensor
+    log_var: Tensor
+    time_ids: Tensor
+
+
+class LatentBatches:
+    """Map the slice of a step to cached latents; which crop, and whether mirrored, is drawn anew at each use."""
+
+    def __init__(self, caches: list[LatentCache], plan: ShapePlan, seed: int) -> None:
+        """Take one cache per shape, each of the pictures of that shape in their order."""
+        self.caches, self.plan, self.seed = caches, plan, seed
+        self._local = np.zeros(len(plan.buckets), dtype=np.int64)  # place of each row in its own cache
+        for bucket in range(len(plan.shapes)):
+            members = np.flatnonzero(plan.buckets == bucket)
+            self._local[members] = np.arange(len(members))
+
+    @classmethod
+    def build(
+        cls,
+        root: str | Path,
+        records: Records,
+        plan: ShapePlan,
+        encode_moments: Callable[[Tensor], Moments],
+        config: DataConfig,
+        seed: int,
+        *,
+        autoencoder_hash: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> LatentBatches:
+        """Load the latents of every crop and mirror image that the config asks for, or compute them.
+
+        Args:
+            root: folder of all caches.
+            records: the pictures.
+            plan: their shapes.
+            encode_moments: maps images (B, 3, H, W) to raw moments.
+            config: `center_crop`, `num_crops` and `random_flip`.
+            seed: of the crops and of the choice among them.
+            autoencoder_hash: `module_hash` of the encoder.
+            device: where the encoder is.
+            dtype: number type of the stored moments.
+            progress: called with (pictures done, all pictures).
+        """
+        caches, before = [], 0
+        for bucket, shape in enumerate(plan.shapes):
+            part = records.select(np.flatnonzero(plan.buckets == bucket).tolist())
+            shown = None if progress is None else lambda done, _, b=before: progress(b + done, len(records))
+            cache = LatentCache.build(
+                root, part, encode_moments, autoencoder_hash=autoencoder_hash, resolution=shape,
+                flip=config.random_flip, num_crops=config.num_crops, crop_seed=None if config.center_crop else seed,
+                device=device, dtype=dtype, progress=shown,
+            )  # fmt: skip
+            caches.append(cache)
+            before += len(part)
+        return cls(caches, plan, seed)
+
+    def __call__(self, micro: Micro) -> LatentBatch:
+        """Return the latents of a slice."""
+        cache = self.caches[int(self.plan.buckets[micro.indices[0]])]
+        draws = batch_uniform(1, self.seed, "variant", micro.step, positions=micro.positions)[:, 0]
+        variants, rows = (draws * cache.num_variants).long().tolist(), self._local[micro.indices].tolist()
+        return LatentBatch(*cache.moments(rows, variants), cache.time_ids(rows, variants))
 
 
 class PictureSource:
