@@ -38,7 +38,17 @@ class DataConfig(StrictModel):
     concept_column: str | None = Field(None, description="rows are drawn with weight 1 / (rows of the same concept)")
     exclude_columns: tuple[str, ...] = Field((), description="boolean columns; rows where one is true are left out")
     resolution: int = Field(64, ge=8)
+    center_crop: bool = Field(True, description="false: crops are drawn at random")
+    num_crops: int = Field(1, ge=1, description="random crops of each picture that are kept when latents are cached")
     random_flip: bool = False
+    aspect_ratio_buckets: bool = Field(False, description="train pictures of like shape together, cropping little")
+    bucket_step: int = Field(64, ge=1, description="sides of the buckets are multiples of this")
+    max_aspect_ratio: float = Field(2.0, ge=1, description="of the buckets, longer to shorter side")
+    dataset_config_name: str | None = Field(None, description="configuration of a data set by name")
+    streaming: bool = Field(False, description="read forward without holding or caching the set; split by process")
+    null_captions: Literal["skip", "empty"] = Field("skip", description="rows without caption: leave out, or keep")
+    check_images: bool = Field(True, description="decode every picture once before the training")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="stop if more of the rows cannot be used")
     max_train_samples: int | None = Field(None, ge=1)
 
 
