@@ -35,6 +35,8 @@ class DataConfig(StrictModel):
     image_column: str = "image"
     caption_column: str | None = Field("caption", description="null: no captions are needed (autoencoder)")
     keywords_column: str | None = None
+    mask_column: str | None = Field(None, description="a map that the diffusion model is given beside the text")
+    label_column: str | None = Field(None, description="a class that the diffusion model is told beside the text")
     concept_column: str | None = Field(None, description="rows are drawn with weight 1 / (rows of the same concept)")
     exclude_columns: tuple[str, ...] = Field((), description="boolean columns; rows where one is true are left out")
     resolution: int = Field(64, ge=8)

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from conditioning.joined import drop_masks
 from ldm_pipe import objectives, times
 from ldm_pipe.betas import BetaSchedule
 from ldm_pipe.denoiser import network_input
@@ -22,6 +23,7 @@ from ldm_pipe.objectives import Objective
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import q_sample
 from ldm_pipe.schedule import Law, NoiseSchedule, Prediction
+from ldm_pipe.training.beside import Beside
 from ldm_pipe.training.config import StrictModel, TrainConfig
 from ldm_pipe.training.loop import Logs, Micro
 from ldm_pipe.training.rng import batch_normal, batch_uniform
@@ -106,6 +108,9 @@ class DiffusionConfig(TrainConfig):
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="share of captions replaced by the empty prompt, for guidance"
     )
+    mask_dropout: float = Field(0.1, ge=0, le=1, description="share of maps left out; of a data.mask_column")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of classes left out; of a data.label_column")
+    all_dropout: float = Field(0.0, ge=0, le=1, description="share of pictures that lose all of these at once")
     num_caption_variants: int = Field(8, ge=1, description="captions per picture mixed from its name and keywords")
     objective: objectives.Kind = Field("simple", description="hybrid and vlb are for the discrete kind of schedule")
     learn_variance: bool = Field(False, description="the U-Net gets twice the output channels; for hybrid and vlb")
@@ -139,6 +144,7 @@ class DiffusionData:
             last row is the empty prompt.
         caption_rows: rows of `tokens` that describe picture i, (N, K) int64.
         token_mask, pooled: of all distinct texts, (V, L) and (V, P), where the text encoder gives them.
+        beside: maps and labels of the pictures.
     """
 
     mean: Tensor
@@ -147,6 +153,7 @@ class DiffusionData:
     caption_rows: Tensor
     token_mask: Tensor | None = None
     pooled: Tensor | None = None
+    beside: Beside | None = None
 
     def condition(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
         """Return the slots of some texts."""
@@ -224,13 +231,14 @@ def diffusion_loss(
     device: torch.device,
     importance: times.SecondMoment | None = None,
 ) -> Callable[[Micro], tuple[Tensor, Logs]]:
-    """Make the loss function of a run: the config's objective, with caption dropout.
+    """Make the loss function of a run: the config's objective, each condition dropped by itself.
 
     All draws are keyed by (seed, purpose, step, position), see `ldm_pipe.training.rng`. Importance sampling learns
     from the losses of all processes, so that they stay alike, and draws the times of a batch independently.
     """
     objective, null_row = build_objective(config, schedule), data.tokens.shape[0] - 1
     keys, shape = (config.seed,), tuple(data.mean.shape[1:])
+    rates = (config.caption_dropout, config.mask_dropout, config.label_dropout)
 
     def normal(purpose: str, micro: Micro, size: tuple[int, ...] = shape) -> Tensor:
         return batch_normal(size, *keys, purpose, micro.step, positions=micro.positions)
@@ -239,8 +247,12 @@ def diffusion_loss(
         rows = torch.tensor(micro.indices)
         draws = batch_uniform(2, *keys, "caption", micro.step, positions=micro.positions)  # (B, 2)
         variant = (draws[:, 0] * data.caption_rows.shape[1]).long()
-        text_rows = data.caption_rows[rows, variant]
-        text_rows = torch.where(draws[:, 1] < config.caption_dropout, null_row, text_rows)
+        more = batch_uniform(3, *keys, "drop", micro.step, positions=micro.positions)
+        dropped = drop_masks(torch.cat([draws[:, 1:], more], dim=1), rates, config.all_dropout)  # (B, 3)
+        text_rows = torch.where(dropped[:, 0], null_row, data.caption_rows[rows, variant])
+        cond = data.condition(text_rows, device)
+        if data.beside is not None:
+            cond |= data.beside.slots(rows, dropped[:, 1:], device)
         x0 = (data.mean[rows] + data.std[rows] * normal("posterior", micro)).to(device)
         eps = normal("noise", micro).to(device)
         if config.noise_offset:
@@ -253,7 +265,7 @@ def diffusion_loss(
             mixed = objectives.perturb_input(eps, normal("perturbation", micro).to(device), config.input_perturbation)
         x_t = q_sample(x0, mixed, alpha, sigma)
         shown, time = network_input(schedule, schedule.prediction, x_t, t)
-        output = net(shown, time.to(device, torch.float32), **data.condition(text_rows, device))
+        output = net(shown, time.to(device, torch.float32), **cond)
         losses = objectives.losses(objective, schedule, output, x0, eps, x_t, t)
         if importance is not None and weight is not None:
             importance.update(of_all_processes(t, device), of_all_processes(losses.detach().float(), device))

@@ -27,7 +27,7 @@ class JointNet(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder.requires_grad_(True)
 
-    def forward(self, x_t: Tensor, t: Tensor, *, tokens: Tensor, token_mask: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, *, tokens: Tensor, token_mask: Tensor, **beside: Tensor) -> Tensor:
         """Predict from noisy x.
 
         Args:
@@ -35,9 +35,10 @@ class JointNet(nn.Module):
             t: network time, shape (B,).
             tokens: token ids, shape (B, L).
             token_mask: True up to the end of the text, shape (B, L).
+            beside: further slots of the U-Net: spatial, labels.
         """
         encoder: Any = self.text_encoder
-        return self.unet(x_t, t, **encoder.encode_ids(tokens, token_mask).slots())
+        return self.unet(x_t, t, **encoder.encode_ids(tokens, token_mask).slots(), **beside)
 
 
 @torch.no_grad()
