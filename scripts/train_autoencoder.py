@@ -99,16 +99,16 @@ def load_perceptual(folder: str | None, device: torch.device) -> Features | None
 
 
 @torch.no_grad()
-def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, step: int, trainer: Trainer) -> None:
-    """Write originals above their reconstructions as one picture, and to TensorBoard."""
+def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, trainer: Trainer) -> None:
+    """Write originals above their reconstructions as one picture, and show it and its PSNR."""
     rebuilt, _ = autoencoder(images.to(autoencoder.device))
     both = [*images, *rebuilt.clamp(-1, 1).cpu()]
     sheet = make_grid([to_pil(image) for image in both], columns=len(images))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-    if trainer.writer is not None:
-        error = (rebuilt.cpu().clamp(-1, 1) - images).div(2).square().mean((1, 2, 3))
-        trainer.writer.add_scalar("validation/psnr", float((-10 * error.log10()).mean()), step)
+    trainer.show("reconstructions", path)
+    error = (rebuilt.cpu().clamp(-1, 1) - images).div(2).square().mean((1, 2, 3))
+    trainer.note({"validation/psnr": float((-10 * error.log10()).mean())})
 
 
 def main(argv: list[str]) -> None:
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
     shown = shown[: config.num_validation_images]
 
     def validate(step: int, trainer: Trainer) -> None:
-        write_grid(autoencoder, shown, folder / "grids" / f"step-{step:06d}.png", step, trainer)
+        write_grid(autoencoder, shown, folder / "grids" / f"step-{step:06d}.png", trainer)
 
     trainer = Trainer(
         config, parts, num_items=len(records), weights=drawing_weights(records, config.data),

@@ -118,6 +118,7 @@ def main(argv: list[str]) -> None:
         path = folder / "grids" / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         make_grid(images, columns=8, labels=prompts).save(path)
+        trainer.show("samples", path)
 
     importance = build_importance(config)
     part = Part("unet", net, lambda micro: loss(micro), config.optim, config.ema_decay if config.use_ema else None)

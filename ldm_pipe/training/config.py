@@ -6,8 +6,9 @@ Unknown keys, wrong types and wrong choices are refused with the path of the key
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -55,9 +56,12 @@ class DataConfig(StrictModel):
 
 
 class OptimConfig(StrictModel):
-    """AdamW, warm-up and decay counted in optimiser steps."""
+    """The optimiser, warm-up and decay counted in optimiser steps."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+        "adamw", description="adamw_8bit needs bitsandbytes; adafactor keeps row and column means only, and no momentum"
+    )
+    learning_rate: float = Field(1e-4, gt=0, lt=math.inf)
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_steps: int = Field(100, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -88,7 +92,8 @@ class TrainConfig(StrictModel):
     allow_config_change: bool = Field(False, description="resume although harmless values of the config differ")
     validation_steps: int = Field(500, ge=1)
     max_nonfinite_steps: int = Field(10, ge=1, description="stop after so many steps in a row with NaN or infinity")
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    on_save_error: Literal["stop", "continue"] = Field("stop", description="when a checkpoint cannot be written")
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     num_threads: int | None = Field(None, ge=1, description="CPU threads per process; None leaves it to torch")
 
 
@@ -198,19 +203,35 @@ def dump_config(config: StrictModel) -> str:
 HARMLESS = frozenset({
     "output_dir", "resume_from_checkpoint", "allow_config_change", "checkpointing_steps", "checkpoints_total_limit",
     "validation_steps", "report_to", "num_threads", "torch_compile", "gradient_checkpointing", "max_nonfinite_steps",
+    "on_save_error",
 })  # fmt: skip
 
 
-def config_changes(saved: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """List the differences of two resolved configs as `key: saved -> now`, harmless keys left out."""
+def default_values(model: type[TrainConfig]) -> dict[str, Any]:
+    """Return the defaults of a config; keys that have none are absent."""
+    return model.model_construct().model_dump(mode="json")
+
+
+def config_changes(
+    saved: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, path: str = ""
+) -> list[str]:
+    """List the differences of two resolved configs as `key: saved -> now`, harmless keys left out.
+
+    Args:
+        saved: of an earlier run.
+        now: of this one.
+        defaults: what a key counts as that the earlier run did not know.
+        path: in front of every key, for parts of a config.
+    """
     lines: list[str] = []
     for key in sorted(saved.keys() | now.keys()):
         name = f"{path}{key}"
-        a, b = saved.get(key), now.get(key)
+        default = (defaults or {}).get(key)
+        a, b = saved.get(key, default), now.get(key)
         if name in HARMLESS or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += config_changes(a, b, f"{name}.")
+            lines += config_changes(a, b, default if isinstance(default, dict) else None, f"{name}.")
         else:
             lines.append(f"{name}: {a!r} -> {b!r}")
     return lines

@@ -4,15 +4,66 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from ldm_pipe.pretrained import LdmPipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def start_processes(mixed_precision: str) -> Accelerator:
+    """Join the processes that the launcher started; the run's config decides the precision, not the launcher.
+
+    Raises: LdmPipeError where DeepSpeed is asked for and not installed, and for fp16 without a GPU.
+    """
+    from accelerate import Accelerator
+
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and find_spec("deepspeed") is None:
+        fix = "pip install deepspeed, or launch with configs/accelerate/fsdp2.yaml, which saves as much memory."
+        raise LdmPipeError("the launcher asks for DeepSpeed, which is not installed", "accelerate launch", fix)
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise LdmPipeError("fp16 needs a GPU", "mixed_precision", "Use bf16 or no.")
+    return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory this process has held so far, in bytes: of the GPU, or of the machine without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def plain_errors(run_folder: str) -> Iterator[None]:
+    """Say in words what libraries say when memory runs out or another process of the run ends.
+
+    Raises: LdmPipeError for these two.
+    """
+    again = "Start again with --resume_from_checkpoint latest."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fix = "Halve train_batch_size and double gradient_accumulation_steps, or use bf16 or gradient_checkpointing. "
+        raise LdmPipeError(f"the GPU's memory is full ({error})", run_folder, fix + again) from error
+    except RuntimeError as error:
+        known = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
+        if not torch.distributed.is_initialized() or not any(word in str(error).lower() for word in known):
+            raise
+        what = f"another process of this run ended ({' '.join(str(error).split()):.200})"
+        raise LdmPipeError(what, run_folder, f"The last checkpoint is kept. {again}") from error
 
 
 def git_commit() -> str | None:

@@ -11,70 +11,49 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ldm_pipe.data.order import DataOrder
-from ldm_pipe.pretrained import LdmPipeError, atomic_write
+from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
+from ldm_pipe.training import sharding, state
 from ldm_pipe.training.checkpoint import (
     RunLock,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     optimizer_tensors,
-    restore_optimizer,
     save_checkpoint,
     step_of,
 )
-from ldm_pipe.training.config import OptimConfig, TrainConfig, config_changes, dump_config
+from ldm_pipe.training.config import TrainConfig, default_values, dump_config
 from ldm_pipe.training.ema import Ema
-from ldm_pipe.training.environment import describe_environment
+from ldm_pipe.training.environment import describe_environment, peak_memory, plain_errors, start_processes
 from ldm_pipe.training.optim import lr_at, make_optimizer
+from ldm_pipe.training.parts import Logs, Micro, Order, Part
+from ldm_pipe.training.records import Records
 from ldm_pipe.training.stop import StopSignal
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-Logs = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Micro:
-    """One process's slice of one accumulation step of a global batch."""
-
-    step: int
-    indices: list[int]  # rows of the data set
-    positions: range  # their places in the global batch, which key the noise
-    memo: dict[str, Any] = field(default_factory=dict)  # what an earlier part of the same step leaves for a later one
-
-
-@dataclass
-class Part:
-    """One network trained by one optimiser. `loss(micro)` returns the mean loss of the slice and values to log."""
-
-    name: str
-    module: nn.Module
-    loss: Callable[[Micro], tuple[Tensor, Logs]]
-    optim: OptimConfig
-    ema_decay: float | None = None
-    start_step: int = 0  # the part rests before this step
-    clip: bool = True
+from ldm_pipe.training.summary import write_summary
 
 
 class Trainer:
     """Train parts together: in every step each part in turn draws its losses, accumulates, clips and steps.
+
+    What requires grad now is trained. Where the launcher asks for FSDP, a sharded copy is trained and `part.module` is
+    that copy; the module given here then holds whole weights whenever `validate` or `save_result` is called.
 
     Args:
         config: the run's config.
         parts: trained in this order within each step.
         num_items: rows of the data set.
         weights: None or one drawing weight per row.
+        order: makes the data order of a global batch size; without it `DataOrder` over rows and weights.
         fingerprint: of the data set; a resumed run must have the same.
         validate: called with the step, EMA weights in place, on the main process, every `validation_steps`.
         save_result: called with EMA weights in place on the main process after every checkpoint: writes the result.
@@ -88,111 +67,118 @@ class Trainer:
         *,
         num_items: int,
         weights: Any = None,
+        order: Callable[[int], Order] | None = None,
         fingerprint: str = "",
         validate: Callable[[int, Trainer], None] | None = None,
         save_result: Callable[[], None] | None = None,
         kept: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Set processes, optimisers and the data order up; nothing is trained yet."""
-        from accelerate import Accelerator
-
-        _refuse_half_weights(parts)
+        for part in parts:
+            state.refuse_half_weights(part.name, part.module)
         self.config, self.parts, self.fingerprint = config, parts, fingerprint
         self.validate, self.save_result = validate, save_result
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.accelerator: Accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
-        )
+        self.accelerator = start_processes(config.mixed_precision)
+        self.sharded = sharding.sharding_wanted()
+        if self.sharded and len(parts) > 1:
+            raise LdmPipeError("FSDP trains one network, this run has several", "accelerate config", "Use DDP.")
         self.folder = Path(config.output_dir)
         self.is_main: bool = self.accelerator.is_main_process
-        self.global_batch = (
-            config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        processes = self.accelerator.num_processes
+        self.global_batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+        self.order: Order = (
+            order(self.global_batch) if order else DataOrder(num_items, self.global_batch, config.seed, weights)
         )
-        self.order = DataOrder(num_items, self.global_batch, config.seed, weights)
         self.raw = {part.name: part.module for part in parts}
         self.kept = dict(kept or {})
-        self.ema = {
-            p.name: Ema(p.module.to(self.accelerator.device), p.ema_decay) for p in parts if p.ema_decay is not None
-        }
-        self.optimizers = {part.name: make_optimizer(part.module, part.optim) for part in parts}
+        self.nets = {part.name: self._place(part) for part in parts}  # what is trained: the modules, or sharded copies
+        self.trained = {n: [p for p in net.parameters() if p.requires_grad] for n, net in self.nets.items()}
+        self.left_out = {p.name: set() if p.save_frozen else state.frozen_names(p.module) for p in parts}
+        self.frozen = {n: state.digest(self.raw[n], names) for n, names in self.left_out.items() if names}
+        self.ema = {p.name: Ema(self.nets[p.name], p.ema_decay) for p in parts if p.ema_decay is not None}
+        self.optimizers = {part.name: make_optimizer(self.nets[part.name], part.optim) for part in parts}
         for part in parts:
-            self._prepare(part)
-        self.step = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-        self.writer: Any = None
+            part.module = self._prepare(self.nets[part.name])
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.records: Records | None = None
+        self.began = time.perf_counter()
 
-    def _prepare(self, part: Part) -> None:
-        module: nn.Module = part.module
+    def _place(self, part: Part) -> nn.Module:
+        module = part.module.to(self.accelerator.device)
+        if not self.sharded:
+            return module
+        net = sharding.shard(module, self.accelerator)
+        module.to("cpu")  # waits there for whole weights
+        return net
+
+    def _prepare(self, net: nn.Module) -> nn.Module:
         if self.config.torch_compile:
-            module.compile()  # in place: the names of the weights stay as they are
-        part.module = self.accelerator.prepare(module)
+            net.compile()  # in place: the names of the weights stay as they are
+        if self.sharded:
+            return sharding.autocast(net, self.accelerator)
+        return self.accelerator.prepare(net)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def _groups(self) -> dict[str, dict[str, Tensor]]:
-        groups: dict[str, dict[str, Tensor]] = {n: dict(module.state_dict()) for n, module in self.kept.items()}
-        for name, module in self.raw.items():
-            groups[name] = dict(module.state_dict())
+    def _groups(self) -> state.Groups:
+        """Gather all tensors of a checkpoint; where weights are sharded, all processes call this."""
+        groups: state.Groups = {n: dict(module.state_dict()) for n, module in self.kept.items()}
+        for name, net in self.nets.items():
+            groups[name] = state.module_tensors(net, self.left_out[name])
             groups[f"{name}.optimizer"] = optimizer_tensors(self.optimizers[name])
             if name in self.ema:
                 groups[f"{name}.ema"] = self.ema[name].state_dict()
-        return groups
+        return state.gather(groups, keep=self.is_main) if self.sharded else groups
+
+    def _facts(self) -> dict[str, Any]:
+        """Say what run this is, for the checkpoint."""
+        config = self.config.model_dump(mode="json")
+        facts = {"config": config, "fingerprint": self.fingerprint, "global_batch": self.global_batch}
+        return {**facts, "frozen": self.frozen}
 
     def save(self) -> None:
         """Write a checkpoint of the present step, and the result beside it."""
+        groups = self._groups() if self.is_main or self.sharded else {}
         if self.is_main:
-            state = {
-                "config": self.config.model_dump(mode="json"),
-                "fingerprint": self.fingerprint,
-                "global_batch": self.global_batch,
-                "skipped": self.skipped,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            }
-            groups = self._groups()
-            _refuse_nonfinite(groups, str(self.folder))
-            save_checkpoint(self.folder, self.step, groups, state, keep=self.config.checkpoints_total_limit)
-            if self.save_result:
-                self.with_ema(self.save_result)
+            scaler = self.accelerator.scaler
+            facts = {**self._facts(), "skipped": self.skipped, "scaler": scaler.state_dict() if scaler else None}
+            state.refuse_nonfinite(groups, str(self.folder))
+            try:
+                save_checkpoint(self.folder, self.step, groups, facts, keep=self.config.checkpoints_total_limit)
+            except LdmPipeError as error:
+                if self.config.on_save_error == "stop" or self.step >= self.config.max_train_steps:
+                    raise
+                tqdm.write(f"warning: the run goes on without a checkpoint of step {self.step}: {error}", sys.stderr)
+        if self.save_result:
+            self.with_ema(self.save_result)
         self.accelerator.wait_for_everyone()
 
     def resume(self, which: str) -> None:
         """Continue from a whole checkpoint.
 
-        Raises: LdmPipeError listing what differs (config, data set, global batch).
+        Raises: LdmPipeError listing what differs (config, data set, global batch, frozen weights).
         """
         folder = find_checkpoint(self.folder, which)
         if folder is None:
             return
-        groups, state = load_checkpoint(folder)
-        changes = config_changes(state["config"], self.config.model_dump(mode="json"))
-        if changes and not self.config.allow_config_change:
-            what = "the config differs from the checkpoint's: " + "; ".join(changes)
-            raise LdmPipeError(what, str(folder), "Use the saved config, or --allow_config_change if you are sure.")
-        if state["fingerprint"] != self.fingerprint:
-            raise LdmPipeError(
-                "the data set changed since the checkpoint was written", str(folder), "Restore the data."
-            )
-        if state["global_batch"] != self.global_batch:
-            what = f"the global batch is {self.global_batch}, the checkpoint's was {state['global_batch']}"
-            raise LdmPipeError(
-                what, str(folder), "Choose batch size x accumulation x processes to give the same product."
-            )
+        groups, saved = load_checkpoint(folder)
+        state.refuse_other_run(saved, self._facts(), default_values(type(self.config)), str(folder))
         try:
             for name, module in self.kept.items():
                 module.load_state_dict(groups[name], strict=True)
-            for name, module in self.raw.items():
-                module.load_state_dict(groups[name], strict=True)
-                restore_optimizer(self.optimizers[name], groups[f"{name}.optimizer"])
+            for name, net in self.nets.items():
+                state.restore_module(net, groups[name], self.left_out[name])
+                state.restore_optimizer_state(self.optimizers[name], groups[f"{name}.optimizer"])
                 if name in self.ema:
                     self.ema[name].load_state_dict(groups[f"{name}.ema"])
         except (RuntimeError, KeyError, ValueError) as error:
             what = f"the checkpoint does not fit the networks of this config ({' '.join(str(error).split()):.300})"
             raise LdmPipeError(what, str(folder), "Use the saved config.") from error
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        if self.accelerator.scaler is not None and saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step, self.skipped = int(saved["step"]), int(saved["skipped"])
         later = [p.name for p in list_checkpoints(self.folder) if step_of(p) > self.step]
         if later and which not in ("latest", "auto"):  # `latest` has found those damaged
             what = f"step {self.step} is resumed where later checkpoints lie: {', '.join(later)}"
@@ -208,12 +194,21 @@ class Trainer:
             )
 
     def with_ema(self, action: Callable[[], None]) -> None:
-        """Run something with every part's averaged weights in place."""
-        from contextlib import ExitStack
-
+        """Run something on the main process with every part's averaged weights in place; all processes call this."""
+        if self.sharded:
+            for name, net in self.nets.items():
+                tensors = {**net.state_dict(), **(self.ema[name].state_dict() if name in self.ema else {})}
+                for key, target in self.raw[name].state_dict().items():
+                    sharding.put(target, sharding.whole(tensors[key]))
+        if not self.is_main:
+            return
         with ExitStack() as stack:
-            for name, ema in self.ema.items():
-                stack.enter_context(ema.applied(self.raw[name]))
+            for name, module in self.raw.items():
+                if self.sharded:
+                    module.to(self.accelerator.device)
+                    stack.callback(module.to, "cpu")
+                elif name in self.ema:
+                    stack.enter_context(self.ema[name].applied(module))
             training = {name: module.training for name, module in self.raw.items()}
             for module in self.raw.values():
                 module.eval()
@@ -240,12 +235,12 @@ class Trainer:
 
     def _train_part(self, part: Part, micros: list[Micro]) -> tuple[Logs, bool]:
         """Do one optimiser step of one part; returns its logs and whether the gradient was finite."""
-        optimizer = self.optimizers[part.name]
+        optimizer, scaler = self.optimizers[part.name], self.accelerator.scaler
         lr = lr_at(self.step - part.start_step, part.optim, self.config.max_train_steps - part.start_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for name, module in self.raw.items():
-            module.requires_grad_(name == part.name)
+        if len(self.parts) > 1:  # the loss of one part passes through the others
+            self._let_train(part.name)
         logs: Logs = {}
         for i, micro in enumerate(micros):
             with self._sync_only_if(i == len(micros) - 1, part.module):
@@ -253,11 +248,10 @@ class Trainer:
                 self.accelerator.backward(loss / len(micros))
             for key, value in {"loss": float(loss.detach()), **values}.items():
                 logs[key] = logs.get(key, 0.0) + value / len(micros)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(parameters, part.optim.max_grad_norm if part.clip else math.inf))
+        limit = part.optim.max_grad_norm if part.clip else math.inf
+        norm = float(sharding.whole(nn.utils.clip_grad_norm_(self.trained[part.name], limit)))
         finite = math.isfinite(norm)
         if scaler is not None:
             scaler.step(optimizer)
@@ -266,12 +260,19 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if finite and part.name in self.ema:
-            self.ema[part.name].update(self.raw[part.name], self.step)
+            self.ema[part.name].update(self.nets[part.name], self.step)
         return {**logs, "grad_norm": norm, "lr": lr}, finite
 
-    def _sync_only_if(self, last: bool, module: nn.Module) -> Any:
-        from contextlib import nullcontext
+    def _let_train(self, name: str | None) -> None:
+        """Let gradients flow to the trained weights of one part; None: of all parts."""
+        for part, parameters in self.trained.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in (None, part))
 
+    def _sync_only_if(self, last: bool, module: nn.Module) -> Any:
+        if self.sharded:
+            sharding.sync_gradients(module, last)
+            return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(module)
 
     def train_step(self) -> Logs:
@@ -309,41 +310,38 @@ class Trainer:
             else:
                 self._refuse_old_run()
             self._start_records()
-            for module in self.raw.values():
-                module.train()
-            self._run(stop)
+            for net in self.nets.values():
+                net.train()
+            with plain_errors(str(self.folder)):
+                self._run(stop)
+            self._summarise()
         finally:
-            for module in self.raw.values():
-                module.requires_grad_(True)
+            self._let_train(None)
             stop.restore()
-            if self.writer is not None:
-                self.writer.close()
+            if self.records is not None:
+                self.records.close()
             if lock is not None:
                 lock.release()
 
     def _run(self, stop: StopSignal) -> None:
-        config, saved_at = self.config, self.step if self.config.resume_from_checkpoint else -1
-        bar = tqdm(total=config.max_train_steps, initial=self.step, disable=not self.is_main, dynamic_ncols=True)
-        began, done = time.perf_counter(), 0
+        config, first = self.config, self.step
+        saved_at = self.step if config.resume_from_checkpoint else -1
         while self.step < config.max_train_steps:
+            began = time.perf_counter()
             logs = self.train_step()
-            done += 1
-            bar.update(1)
-            logs["images_per_second"] = done * self.global_batch / (time.perf_counter() - began)
-            self._record(logs, bar)
+            if self.records is not None:
+                memory = peak_memory(self.accelerator.device)
+                self.records.step(self.step, logs, self.global_batch, began, memory)
             if self._anyone_wants_to_stop(stop):
                 break
-            if self.validate and self.step % config.validation_steps == 0 and self.is_main:
+            if self.validate and self.step % config.validation_steps == 0:
                 self.with_ema(partial(self.validate, self.step, self))
             if self.step % config.checkpointing_steps == 0:
                 self.save()
                 saved_at = self.step
-        bar.close()
         if saved_at != self.step:
             self.save()
-        elif (
-            not done and self.save_result and self.is_main
-        ):  # the run before may have ended before its result was there
+        elif self.step == first and self.save_result:  # the run before may have ended before its result was there
             self.with_ema(self.save_result)
 
     def _anyone_wants_to_stop(self, stop: StopSignal) -> bool:
@@ -359,36 +357,32 @@ class Trainer:
             return
         atomic_write(self.folder / "config.yaml", dump_config(self.config))
         facts = describe_environment(self.accelerator.device, self.accelerator.num_processes, self.raw)
-        atomic_write(self.folder / "run.json", json.dumps(facts, indent=1) + "\n")
-        if self.config.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        facts |= {"seed": self.config.seed, "first_step": self.step}
+        path = self.folder / "run.json"
+        if self.config.resume_from_checkpoint and path.is_file():
+            earlier = read_json(path)
+            facts["before"] = [*earlier.pop("before", []), earlier]
+        atomic_write(path, json.dumps(facts, indent=1) + "\n")
+        self.records = Records(self.folder, self.config, self.step)
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
+    def show(self, name: str, path: Path) -> None:
+        """Put a picture of the run folder, made while validating, into the tracker and the summary."""
+        if self.records is not None:
+            self.records.show(name, path, self.step)
 
-    def _record(self, logs: Logs, bar: Any) -> None:
-        if not self.is_main:
+    def note(self, values: Logs) -> None:
+        """Put numbers, measured while validating, into the tracker and the history."""
+        if self.records is not None:
+            self.records.note(self.step, values)
+
+    def _summarise(self) -> None:
+        if self.records is None:
             return
-        if self.writer is not None and (self.step % 10 == 0 or self.step == 1):
-            for key, value in logs.items():
-                self.writer.add_scalar(key, value, self.step)
-        if self.step % 10 == 0:
-            shown = {f"{name}": f"{logs[f'{name}/loss']:.4f}" for name in self.raw if f"{name}/loss" in logs}
-            bar.set_postfix({**shown, "img/s": f"{logs['images_per_second']:.1f}"})
-
-
-def _refuse_half_weights(parts: list[Part]) -> None:
-    for part in parts:
-        half = [n for n, p in part.module.named_parameters() if p.requires_grad and p.dtype != torch.float32]
-        if half:
-            what = f"{len(half)} trainable weights of {part.name} are not float32, for instance {half[0]}"
-            raise LdmPipeError(what, "training", "Load the weights in float32; mixed_precision sets the compute dtype.")
-
-
-def _refuse_nonfinite(groups: dict[str, dict[str, Tensor]], where: str) -> None:
-    for group, tensors in groups.items():
-        bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-        if bad:
-            what = (
-                f"no checkpoint is written: {len(bad)} tensors of {group} hold NaN or infinity, for instance {bad[0]}"
-            )
-            raise LdmPipeError(what, where, "Lower the learning rate; the last checkpoint is kept.")
+        figures = {
+            "steps": f"{self.step} of {self.config.max_train_steps}",
+            "epochs": f"{self.order.epoch_at(self.step):.2f}",
+            "skipped steps": self.skipped,
+            "hours of this start": f"{(time.perf_counter() - self.began) / 3600:.3f}",
+            "peak memory, GB": f"{peak_memory(self.accelerator.device) / 1e9:.2f}",
+        }
+        write_summary(self.folder, figures, self.records)

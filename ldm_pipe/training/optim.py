@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.config import OptimConfig
 
 
@@ -28,12 +29,33 @@ def lr_at(step: int, config: OptimConfig, max_train_steps: int) -> float:
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * u))
 
 
-def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases and norm weights are not decayed."""
+def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimiser over what is trained; biases and norm weights are not decayed.
+
+    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) keeps two numbers per weight, in 8 bits (Dettmers et al. 2022,
+    arXiv:2110.02861) a quarter of that; Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) keeps row and column means
+    over a weight's last two axes, which saves little on convolutions, and reads the learning rate as its largest
+    relative step.
+
+    Raises: LdmPipeError where bitsandbytes is not installed.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.adam_weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, foreach=True)
+    match config.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(
+                groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, foreach=True
+            )
+        case "adafactor":
+            return torch.optim.Adafactor(groups, lr=config.learning_rate)
+        case "adamw_8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit  # pyrefly: ignore[missing-import]
+            except ImportError:
+                fix = "pip install bitsandbytes, or use adafactor, which needs less memory still"
+                raise LdmPipeError("bitsandbytes is not installed", "optim.optimizer", fix) from None
+            return AdamW8bit(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
