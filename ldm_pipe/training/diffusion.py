@@ -136,24 +136,39 @@ class DiffusionConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class DiffusionData:
-    """Everything a step needs, in memory.
+    """Everything a step needs.
 
     Args:
-        mean, std: normalised latent posterior of each row, (N, C, h, w) each.
+        mean, std: normalised latent posterior of each row, (N, C, h, w) each; None where `moments` gives them.
         tokens: embeddings of all distinct texts, (V, L, D), or token ids (V, L) that the network encodes by itself; the
             last row is the empty prompt.
         caption_rows: rows of `tokens` that describe picture i, (N, K) int64.
         token_mask, pooled: of all distinct texts, (V, L) and (V, P), where the text encoder gives them.
         beside: maps and labels of the pictures.
+        moments: mean and std of the rows of a slice, (B, C, h, w) each; all slices of a step have one size.
+        more: further slots of the network for a slice.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None
+    std: Tensor | None
     tokens: Tensor
     caption_rows: Tensor
     token_mask: Tensor | None = None
     pooled: Tensor | None = None
     beside: Beside | None = None
+    moments: Callable[[Micro], tuple[Tensor, Tensor]] | None = None
+    more: Callable[[Micro], dict[str, Tensor]] | None = None
+
+    def posterior(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the latents of a slice, (B, C, h, w) each.
+
+        Raises: LdmPipeError if there are none.
+        """
+        if self.moments is not None:
+            return self.moments(micro)
+        if self.mean is None or self.std is None:
+            raise LdmPipeError("neither mean and std nor moments were given", "DiffusionData")
+        return self.mean[micro.indices], self.std[micro.indices]
 
     def condition(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
         """Return the slots of some texts."""
@@ -237,10 +252,10 @@ def diffusion_loss(
     from the losses of all processes, so that they stay alike, and draws the times of a batch independently.
     """
     objective, null_row = build_objective(config, schedule), data.tokens.shape[0] - 1
-    keys, shape = (config.seed,), tuple(data.mean.shape[1:])
+    keys = (config.seed,)
     rates = (config.caption_dropout, config.mask_dropout, config.label_dropout)
 
-    def normal(purpose: str, micro: Micro, size: tuple[int, ...] = shape) -> Tensor:
+    def normal(purpose: str, micro: Micro, size: tuple[int, ...]) -> Tensor:
         return batch_normal(size, *keys, purpose, micro.step, positions=micro.positions)
 
     def loss(micro: Micro) -> tuple[Tensor, Logs]:
@@ -253,8 +268,12 @@ def diffusion_loss(
         cond = data.condition(text_rows, device)
         if data.beside is not None:
             cond |= data.beside.slots(rows, dropped[:, 1:], device)
-        x0 = (data.mean[rows] + data.std[rows] * normal("posterior", micro)).to(device)
-        eps = normal("noise", micro).to(device)
+        if data.more is not None:
+            cond |= {name: value.to(device) for name, value in data.more(micro).items()}
+        mean, std = data.posterior(micro)
+        shape = tuple(mean.shape[1:])
+        x0 = (mean + std * normal("posterior", micro, shape)).to(device)
+        eps = normal("noise", micro, shape).to(device)
         if config.noise_offset:
             offset = normal("offset", micro, shape[:1])
             eps = objectives.offset_noise(eps, offset.to(device), config.noise_offset)
@@ -262,7 +281,9 @@ def diffusion_loss(
         alpha, sigma = (c.to(device) for c in schedule.alpha_sigma(t))
         mixed = eps
         if config.input_perturbation:
-            mixed = objectives.perturb_input(eps, normal("perturbation", micro).to(device), config.input_perturbation)
+            mixed = objectives.perturb_input(
+                eps, normal("perturbation", micro, shape).to(device), config.input_perturbation
+            )
         x_t = q_sample(x0, mixed, alpha, sigma)
         shown, time = network_input(schedule, schedule.prediction, x_t, t)
         output = net(shown, time.to(device, torch.float32), **cond)

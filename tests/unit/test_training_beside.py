@@ -111,3 +111,26 @@ def test_what_is_not_dropped_belongs_to_its_picture(tmp_path: Path) -> None:
     assert slots["spatial"][:, 0, 0, 0].tolist() == [5, 8]
     assert slots["labels"].tolist() == [1, 1]
     assert Beside().slots(torch.tensor([0]), torch.zeros(1, 2, dtype=torch.bool), CPU) == {}
+
+
+def test_latents_and_slots_of_a_slice_count_as_those_of_its_rows(tmp_path: Path) -> None:
+    data, config = make_data(), make_config(tmp_path)
+    law, micro = config.schedule.build(), Micro(3, [4, 0, 2, 2], range(4))
+    assert data.mean is not None
+    assert data.std is not None
+    told: list[dict[str, torch.Tensor]] = []
+
+    def net(x_t: torch.Tensor, t: torch.Tensor, **slots: torch.Tensor) -> torch.Tensor:
+        told.append(slots)
+        return 0.5 * x_t
+
+    def moments(micro: Micro) -> tuple[torch.Tensor, torch.Tensor]:
+        return data.mean[micro.indices], data.std[micro.indices]  # type: ignore[index]
+
+    sliced = replace(data, mean=None, std=None, moments=moments, more=lambda _: {"labels": torch.arange(4)})
+    plain, other = (diffusion_loss(net, d, law, config, global_batch=4, device=CPU)(micro)[0] for d in (data, sliced))
+    assert plain == other
+    assert "labels" not in told[0]
+    assert told[1]["labels"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(LdmPipeError, match="neither mean and std nor moments"):
+        replace(data, mean=None).posterior(micro)
