@@ -8,20 +8,26 @@ EMA weights that `LatentDiffusionPipeline.from_pretrained` reads, beside checkpo
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
 from conditioning.load import AnyTextEncoder, load_text_encoder
 from conditioning.text import ids_digest
-from ldm_pipe.data.cache import LatentCache, TextCache, caption_variants, module_hash
+from ldm_pipe.data.cache import TextCache, caption_variants, module_hash
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import make_grid
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.training.beside import Beside
 from ldm_pipe.training.config import parse_config, run_script
 from ldm_pipe.training.diffusion import (
     DiffusionConfig,
@@ -32,71 +38,114 @@ from ldm_pipe.training.diffusion import (
 )
 from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.joint import JointNet, token_ids
-from ldm_pipe.training.loop import Part, Trainer
-from ldm_pipe.training.pictures import drawing_weights, open_records
+from ldm_pipe.training.loop import Micro, Part, Trainer
+from ldm_pipe.training.pictures import LatentBatches, ShapePlan, drawing_weights, open_records, plan_shapes
 from ldm_pipe.training.rng import generator
 from ldm_pipe.unet import UNet
 
 
-def build_unet(config: DiffusionConfig, autoencoder: Autoencoder, token_width: int) -> UNet:
+def build_unet(config: DiffusionConfig, autoencoder: Autoencoder, token_width: int, beside: Beside) -> UNet:
     """Build the network of the config with weights drawn from its seed."""
+    maps = 0 if beside.spatial is None else beside.spatial.channels
     shape = config.unet.model_dump(mode="json") | {
         "sample_size": config.data.resolution // autoencoder.factor,
-        "in_channels": autoencoder.latent_channels,
+        "in_channels": autoencoder.latent_channels + maps,
         "out_channels": autoencoder.latent_channels * (2 if config.learn_variance else 1),
         "cross_attention_dim": token_width,
     }
+    if beside.classes is not None:
+        shape["num_class_embeds"] = beside.classes.null_label + 1
     with torch.random.fork_rng():
         torch.default_generator.set_state(generator(config.seed, "init", "unet").get_state())
         return UNet.from_config(shape)
 
 
-@torch.no_grad()
-def cache_inputs(
-    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, text_encoder: AnyTextEncoder
-) -> DiffusionData:
-    """Compute, or find, the latents of every picture and the embeddings of every caption variant."""
+def cache_latents(
+    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, plan: ShapePlan
+) -> Callable[[Micro], tuple[Tensor, Tensor]]:
+    """Compute, or find, the latents of every picture.
+
+    Returns: what gives the normalised posterior of a slice, mean and standard deviation (B, C, h, w).
+    """
     with tqdm(total=len(records), desc="latents") as bar:
-        latents = LatentCache.build(
-            config.cache_dir, records, autoencoder.encode_moments,
-            autoencoder_hash=module_hash(autoencoder), resolution=config.data.resolution,
-            device=autoencoder.device, progress=lambda done, _: bar.update(done - bar.n) and None,
+        latents = LatentBatches.build(
+            config.cache_dir, records, plan, autoencoder.encode_moments, config.data, config.seed,
+            autoencoder_hash=module_hash(autoencoder), device=autoencoder.device,
+            progress=lambda done, _: bar.update(done - bar.n) and None,
         )  # fmt: skip
+    scale, shift = autoencoder.scaling_factor, autoencoder.shift_factor
+
+    def moments(micro: Micro) -> tuple[Tensor, Tensor]:
+        batch = latents(micro)
+        return (batch.mean - shift) * scale, torch.exp(0.5 * batch.log_var) * scale
+
+    return moments
+
+
+@torch.no_grad()
+def cache_texts(config: DiffusionConfig, records: Records, text_encoder: AnyTextEncoder) -> dict[str, Tensor | None]:
+    """Compute, or find, the embeddings of every caption variant; token ids where the encoder is trained too.
+
+    Returns: the fields of `DiffusionData` that captions fill.
+    """
     variants = caption_variants(
-        records.captions, records.keywords, config.num_caption_variants, config.seed, mix_caption
+        records.caption_lists, records.keywords, config.num_caption_variants, config.seed, mix_caption
     )
     texts = list(dict.fromkeys(text for row in variants for text in row if text))
-    scale, shift = autoencoder.scaling_factor, autoencoder.shift_factor
-    mean = (latents.mean - shift) * scale
-    std = torch.exp(0.5 * latents.log_var) * scale
     if config.train_text_encoder:
         rows = {text: row for row, text in enumerate(texts)}
         table = torch.tensor([[rows.get(text, len(texts)) for text in row] for row in variants])
         ids, mask = token_ids(text_encoder, [*texts, ""])
-        return DiffusionData(mean, std, ids, table, token_mask=mask)
+        return {"tokens": ids, "token_mask": mask, "caption_rows": table}
     with tqdm(total=len(texts) + 1, desc="captions") as bar:
         embeddings = TextCache.build(
             config.cache_dir, [*texts, ""], text_encoder.encode,
             encoder_hash=f"{module_hash(text_encoder)} {ids_digest(text_encoder, [*texts, ''])}",
             dtype=torch.float16, progress=lambda done, _: bar.update(done - bar.n) and None,
         )  # fmt: skip
-    return DiffusionData(
-        mean, std, embeddings.tokens, embeddings.table(variants),
-        token_mask=embeddings.token_mask, pooled=embeddings.pooled,
-    )  # fmt: skip
+    told = {"token_mask": embeddings.token_mask, "pooled": embeddings.pooled}
+    return {"tokens": embeddings.tokens, "caption_rows": embeddings.table(variants), **told}
+
+
+def cache_inputs(
+    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, text_encoder: AnyTextEncoder, plan: ShapePlan
+) -> DiffusionData:
+    """Gather everything a step needs."""
+    side = config.data.resolution // autoencoder.factor
+    moments = cache_latents(config, records, autoencoder, plan)
+    told: Any = cache_texts(config, records, text_encoder)
+    return DiffusionData(None, None, beside=Beside.read(records, config.data, (side, side)), moments=moments, **told)
+
+
+def shown_beside(beside: Beside, records: Records, prompts: list[str]) -> dict[str, Any]:
+    """Return the maps and classes that validation prompts are drawn with: those of the picture so called, else none."""
+    rows = [records.captions.index(prompt) if prompt in records.captions else None for prompt in prompts]
+    found: dict[str, Any] = {}
+    if beside.maps is not None:
+        nothing = torch.zeros_like(beside.maps[0])
+        maps = torch.stack([nothing if row is None else beside.maps[row] for row in rows])
+        found["spatial"] = (maps + 1) / 2  # 0.5 is no map
+    if beside.labels is not None:
+        found["class_labels"] = [None if row is None else int(beside.labels[row]) for row in rows]
+    return found
 
 
 def main(argv: list[str]) -> None:
     """Run one training."""
     config = parse_config(DiffusionConfig, argv, "Train the diffusion model (second stage).")
+    if config.data.streaming:
+        raise LdmPipeError("a stream has no cached latents", "data.streaming", "Leave it out, or use finetune.py.")
     records = open_records(config.data)
     device = process_device()
     autoencoder = load_autoencoder(config.autoencoder, device=device).requires_grad_(False)
     text_encoder = load_text_encoder(config.text_encoder, device=device).requires_grad_(False)
     schedule = config.schedule.build()
     build_objective(config, schedule)  # refuses senseless settings before the work of caching
-    data = cache_inputs(config, records, autoencoder, text_encoder)
-    unet = build_unet(config, autoencoder, text_encoder.config.hidden_size).to(device)
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_shapes(records, config.data, global_batch)
+    data = cache_inputs(config, records, autoencoder, text_encoder, plan)
+    beside = data.beside or Beside()
+    unet = build_unet(config, autoencoder, text_encoder.config.hidden_size, beside).to(device)
     net = JointNet(unet, text_encoder) if config.train_text_encoder else unet
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -105,7 +154,9 @@ def main(argv: list[str]) -> None:
         sampler=sampler, spacing=spacing, num_inference_steps=config.default_num_inference_steps,
         guidance_scale=config.default_guidance_scale, height=config.data.resolution, width=config.data.resolution,
     )  # fmt: skip
-    pipe = LatentDiffusionPipeline(unet, autoencoder, [text_encoder], schedule, defaults=defaults)
+    inputs = {"spatial": beside.spatial, "labels": beside.classes}
+    told: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
+    pipe = LatentDiffusionPipeline(unet, autoencoder, [text_encoder], schedule, defaults=defaults, **told)
     folder = Path(config.output_dir)
 
     def validate(step: int, trainer: Trainer) -> None:
@@ -113,7 +164,7 @@ def main(argv: list[str]) -> None:
         prompts = list(config.validation_prompts)
         images = pipe(
             prompts, seed=[0] * len(prompts), guidance_scale=config.validation_guidance_scale,
-            num_inference_steps=config.validation_num_inference_steps,
+            num_inference_steps=config.validation_num_inference_steps, **shown_beside(beside, records, prompts),
         ).images  # fmt: skip
         path = folder / "grids" / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +174,7 @@ def main(argv: list[str]) -> None:
     importance = build_importance(config)
     part = Part("unet", net, lambda micro: loss(micro), config.optim, config.ema_decay if config.use_ema else None)
     trainer = Trainer(
-        config, [part], num_items=len(records), weights=drawing_weights(records, config.data),
+        config, [part], num_items=len(records), order=plan.order(config.seed, drawing_weights(records, config.data)),
         fingerprint=records.fingerprint, validate=validate,
         save_result=lambda: pipe.save_pretrained(folder / "pipeline"),
         kept={} if importance is None else {"importance": importance},

@@ -44,6 +44,10 @@ class Beside:
         """
         spatial, maps, classes, labels = None, None, None, None
         if config.mask_column is not None:
+            if config.random_flip or not config.center_crop or config.aspect_ratio_buckets:
+                what = "masks are cut out of the middle of the square, pictures are not"
+                advice = "With mask_column, leave random_flip, center_crop and aspect_ratio_buckets alone."
+                raise LdmPipeError(what, "data.mask_column", advice)
             spatial = SpatialInput(1)
             maps = torch.cat([spatial.condition(mask, size).slots()["spatial"] for mask in read_masks(records, config)])
         if config.label_column is not None:

@@ -68,6 +68,12 @@ def test_rows_without_mask_or_class_are_named(tmp_path: Path) -> None:
         read_labels(records(tmp_path, {"group": None}), "group")
 
 
+@pytest.mark.parametrize("change", [{"random_flip": True}, {"center_crop": False}, {"aspect_ratio_buckets": True}])
+def test_masks_of_pictures_that_are_framed_otherwise_are_refused(change: dict[str, bool], tmp_path: Path) -> None:
+    with pytest.raises(LdmPipeError, match="masks are cut out of the middle"):
+        Beside.read(records(tmp_path), DATA.model_copy(update=change), (4, 4))
+
+
 def data_beside() -> DiffusionData:
     maps = torch.arange(1, NUM_ITEMS + 1).float()[:, None, None, None].expand(-1, 1, 4, 4)
     beside = Beside(SpatialInput(1), maps, LabelInput(tuple("abc")), torch.arange(NUM_ITEMS) % 3)
