@@ -25,7 +25,9 @@ from autoencoder import (
     load_autoencoder,
 )
 from autoencoder.losses import Features
+from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import make_grid, to_pil
+from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.autoencoder import (
     AutoencoderConfig,
     Lecam,
@@ -111,6 +113,13 @@ def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, trainer: Tr
     trainer.note({"validation/psnr": float((-10 * error.log10()).mean())})
 
 
+def list_left_out(records: Records, path: Path) -> None:
+    """Write path and reason of every row that was not used, if there is any."""
+    if records.report.problems:
+        atomic_write(path, "".join(f"{problem}\n" for problem in records.report.problems))
+        print(f"listed in {path}")
+
+
 def main(argv: list[str]) -> None:
     """Run one training."""
     config = parse_config(AutoencoderConfig, argv, "Train the autoencoder (first stage).")
@@ -150,6 +159,7 @@ def main(argv: list[str]) -> None:
             finished = load_autoencoder(folder / "vae", device=device)
             make_preview(finished, pictures, config.preview, config.seed).save_pretrained(folder / "preview")
         print(records.report)
+        list_left_out(records, folder / "left_out.txt")
 
 
 if __name__ == "__main__":
