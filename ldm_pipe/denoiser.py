@@ -46,10 +46,12 @@ class Denoised:
         var_mix: where the log variance of the step lies between its two bounds, 0 the posterior's (small), 1 the
             forward process's (large); v of Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15. It is of the network's
             output and holds for a step of any length: the sampler puts in its own bounds.
+        raw: the estimate before it was thresholded, where it was.
     """
 
     x0: Tensor
     var_mix: Tensor | None = None
+    raw: Tensor | None = None
 
 
 Denoise = Callable[[Tensor, Tensor], Denoised]

@@ -42,7 +42,7 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
     "predict_x0": (True,),
     "disable_corrector": ([], ()),
     "solver_p": (None,),
-    "variance_type": (None, "fixed_small", "fixed_small_log"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
 }
 _RAMP_ENDS = ("sigma_min", "sigma_max")  # of a ramp, in the classes of discrete laws
 
@@ -142,8 +142,11 @@ def sampler_name(config: Mapping[str, Any]) -> str | None:
 
 def sampler_options(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     """Return the options of a sampler of ours that a diffusers scheduler config, if it asks for this one, sets."""
-    asked = sampler in ("unipc", "deis") and sampler_name(config) == sampler and "solver_order" in config
-    return {"order": config["solver_order"]} if asked else {}
+    if sampler_name(config) != sampler:
+        return {}
+    if sampler == "ddpm" and config.get("variance_type") == "fixed_large":
+        return {"variance": "fixed_large"}
+    return {"order": config["solver_order"]} if sampler in ("unipc", "deis") and "solver_order" in config else {}
 
 
 def _prediction(get: Getter) -> Prediction:

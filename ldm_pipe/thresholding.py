@@ -1,8 +1,7 @@
 """Keep the estimate of x0 within the range of the data, for every sampler alike.
 
 Enters: a `Denoise`. Leaves: a `Denoise` whose x0 is clipped or squeezed, in latents or in pixels. This file does not
-know samplers: they derive what else they need from x0 (diffusers' DDIM keeps the network's eps unless
-`use_clipped_model_output`).
+know samplers: they derive what else they need from x0 (but for DDIM with `keep_eps`, as in diffusers).
 """
 
 from __future__ import annotations
@@ -85,10 +84,10 @@ def threshold(
     def thresholded(x_t: Tensor, t: Tensor) -> Denoised:
         estimate = denoise(x_t, t)
         if space == "latent" or autoencoder is None:
-            return Denoised(squeeze(estimate.x0), estimate.var_mix)
+            return Denoised(squeeze(estimate.x0), estimate.var_mix, estimate.x0)
         dtype = parameter_dtype(autoencoder, estimate.x0.dtype)
         image = squeeze(autoencoder.decode(estimate.x0.to(dtype)).to(estimate.x0.dtype))
-        return Denoised(autoencoder.encode(image.to(dtype)).to(estimate.x0.dtype), estimate.var_mix)
+        return Denoised(autoencoder.encode(image.to(dtype)).to(estimate.x0.dtype), estimate.var_mix, estimate.x0)
 
     return thresholded
 

@@ -19,6 +19,7 @@ def ddim(
     noise: Draw | None = None,
     eta: float = 0.0,
     callback: Callback | None = None,
+    keep_eps: bool = False,
 ) -> Tensor:
     """Sample with DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16).
 
@@ -31,6 +32,8 @@ def ddim(
         noise: source of fresh noise, needed where eta > 0.
         eta: 0 deterministic, 1 ancestral (DDPM).
         callback: see `samplers.common.Callback`.
+        keep_eps: where x0 was thresholded, go along the eps of before, as diffusers does unless it is called with
+            use_clipped_model_output; False takes the eps that belongs to x0, as openai's code does.
 
     Returns: x at the last row, shape (B, *).
 
@@ -39,10 +42,14 @@ def ddim(
     if not 0 <= eta <= 1:
         raise LdmPipeError(f"eta is {eta}", how_to_fix="use a number from 0 (deterministic) to 1 (ancestral)")
     for i, (t, alpha_t, sigma_t, alpha_s, sigma_s) in enumerate(steps.pairs()):
-        x0 = denoise(x, t).x0
+        estimate = denoise(x, t)
+        x0 = estimate.x0
         b = max(sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2, 0.0)
         tau = eta * b**0.5 * sigma_s / sigma_t
-        x = flow_step(x, x0, alpha_t, sigma_t, alpha_s, max(sigma_s**2 - tau**2, 0.0) ** 0.5)
+        along = max(sigma_s**2 - tau**2, 0.0) ** 0.5  # what is taken of eps
+        x = flow_step(x, x0, alpha_t, sigma_t, alpha_s, along)
+        if keep_eps and estimate.raw is not None:
+            x = x.add(x0 - estimate.raw, alpha=along * alpha_t / sigma_t)
         if tau > 0:
             x = x + tau * fresh(noise, x, "ddim with eta > 0")
         x = report(callback, i, t, x, x0)
