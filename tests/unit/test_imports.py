@@ -14,7 +14,8 @@ from tests.source import OURS, PACKAGES, ROOT, Import, files, imports, module_na
 LEAF = "ldm_pipe.pretrained"
 # The core of ldm_pipe: what each room may know besides itself and the leaf. None of them knows another package.
 CORE: dict[str, set[str]] = {
-    "pretrained": set(),
+    "files": set(),
+    "pretrained": {"files"},
     "png_info": set(),
     "unet": set(),
     "betas": set(),
@@ -34,7 +35,7 @@ CORE: dict[str, set[str]] = {
     "times": {"schedule"},
     "denoiser": {"unet", "process", "schedule"},
     "mixture": {"denoiser", "process"},
-    "guidance": {"denoiser"},
+    "guidance": {"denoiser", "process", "schedule"},
     "thresholding": {"denoiser"},
     "samplers": {"schedule", "denoiser", "noise", "process"},  # Steps, Denoise, Noise and the algebra between them
     "data": {"captions"},
@@ -43,7 +44,7 @@ CORE: dict[str, set[str]] = {
 MEETING = {
     "ldm_pipe", "pipeline", "prompting", "drawing", "request", "request_prompts", "stepping", "golden", "outputs",
     "pixels", "interop", "training", "metrics", "commands", "cli", "editing", "placement", "request_steps",
-    "scheduler_config",
+    "scheduler_config", "adapters", "pipelines", "request_beside", "request_pictures",
 }  # fmt: skip
 # Costly to import, or not installed with the runtime: never when a module of ours is imported.
 HEAVY = {
