@@ -1,0 +1,270 @@
+"""Model folders of diffusers' smaller pipelines: read into parts, written from parts.
+
+What enters: a folder with `model_index.json`. What leaves: its networks and noise laws, or one clear error. Class names
+are looked up in the fixed lists below; nothing in a folder can name code to run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoencoder import Autoencoder, load_autoencoder
+from conditioning import AnyTextEncoder, CLIPTextEncoder, T5TextEncoder
+from conditioning.t5 import CLASSES as T5_CLASSES
+from conditioning.text import DEEPFLOYD_IF
+from ldm_pipe import samplers, schedule_config
+from ldm_pipe.interop.folder import (
+    FORMAT_VERSION,
+    OWN_FILE,
+    _config_errors,
+    _move_over,
+    _state_dtype,
+    find_folder,
+    read_own,
+)
+from ldm_pipe.outputs import Defaults, Thresholding
+from ldm_pipe.placement import read_dtype
+from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
+from ldm_pipe.schedule import Law
+from ldm_pipe.unet import UNet
+from ldm_pipe.unet.config_2d import OWN_CLASS_2D
+
+OWN_UNCONDITIONAL = "UnconditionalPipeline"  # by class, or with a network that no pipeline of diffusers draws with
+CLASSES: dict[str, tuple[str, ...]] = {  # the pipelines of diffusers, and the parts they need
+    "DDPMPipeline": ("unet", "scheduler"),
+    "DDIMPipeline": ("unet", "scheduler"),
+    "LDMPipeline": ("unet", "vqvae", "scheduler"),
+    OWN_UNCONDITIONAL: ("unet", "scheduler"),
+    "IFPipeline": ("unet", "scheduler"),
+    "StableDiffusionUpscalePipeline": ("unet", "vae", "scheduler", "low_res_scheduler"),
+    "IFSuperResolutionPipeline": ("unet", "scheduler", "image_noising_scheduler"),
+    "LDMSuperResolutionPipeline": ("unet", "vqvae", "scheduler"),
+}
+PARTS = {
+    "unet": ("UNet2DModel", "UNet2DConditionModel", OWN_CLASS_2D),
+    "vae": ("AutoencoderKL",),
+    "vqvae": ("VQModel", "AutoencoderKL"),
+    "text_encoder": ("CLIPTextModel", *T5_CLASSES.values()),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"),
+}
+SCHEDULERS = ("scheduler", "low_res_scheduler", "image_noising_scheduler")
+IGNORED = ("safety_checker", "feature_extractor", "watermarker", "requires_safety_checker", "max_noise_level")
+TOKENIZERS = {"CLIPTextModel": "CLIPTokenizer"}  # and T5's for all others
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a folder holds."""
+
+    index: Mapping[str, Any]
+    unet: UNet
+    autoencoder: Autoencoder | None  # None: in pixels
+    text_encoders: tuple[AnyTextEncoder, ...]
+    schedule: Law
+    noising: Law | None  # of the picture to enlarge
+    defaults: Defaults
+    name: str
+    own: Mapping[str, Any]
+
+
+def class_of(root: Path) -> str:
+    """Return the `_class_name` of a folder's `model_index.json`, "" where it has none."""
+    index = read_json(root / "model_index.json")
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def read_index(root: Path, known: Iterable[str]) -> Mapping[str, Any]:
+    """Read `model_index.json`; another pipeline, or anything beyond the classes we build, is refused.
+
+    Raises: LdmPipeError naming the part and the class.
+    """
+    where, name = str(root / "model_index.json"), class_of(root)
+    if name not in tuple(known):
+        fix = f"Known are {', '.join(known)}. `ldm_pipe.load_pipeline` finds the class that fits a folder."
+        raise LdmPipeError(f"the folder holds a {name!r:.80}", where, fix)
+    index = read_json(root / "model_index.json")
+    for part, value in index.items():
+        if part.startswith("_") or part in IGNORED:
+            continue
+        class_name = value[1] if isinstance(value, list) and len(value) == 2 else value
+        if part in SCHEDULERS:
+            if not isinstance(class_name, str) or not class_name.endswith("Scheduler") or not class_name.isidentifier():
+                raise LdmPipeError(f"{part} is a {class_name!r:.80}", where, "Known are diffusers' schedulers.")
+        elif class_name is None and part in ("text_encoder", "tokenizer"):
+            continue  # diffusers' IF is often saved without: prompts come as embeddings then
+        elif part not in PARTS or class_name not in PARTS[part]:
+            listed = ", ".join(PARTS.get(part, tuple(PARTS)))
+            raise LdmPipeError(f"the part {part!r:.80} is a {class_name!r:.80}", where, f"Known: {listed}.")
+    missing = [part for part in CLASSES[name] if not isinstance(index.get(part), list)]
+    if missing:
+        raise LdmPipeError(f"the model lacks {missing}", where, "Fetch or export the folder anew.")
+    return index
+
+
+def load(
+    name: str | Path | None, known: Iterable[str], *, dtype: Any = None, variant: str | None = None, **source: Any
+) -> Loaded:
+    """Load every part of a folder strictly, all in one dtype (None: float32).
+
+    Args:
+        name: a folder, or a model of the hub.
+        known: the classes of `model_index.json` that fit.
+        source: local_files_only, revision.
+    Raises: LdmPipeError naming file and cause.
+    """
+    if name is None:
+        raise LdmPipeError("no model named", how_to_fix="Give a folder or a hub id.")
+    root = find_folder(name, variant=variant, **source)
+    index, own = read_index(root, known), read_own(root)
+    common: dict[str, Any] = {"dtype": read_dtype(dtype), "variant": variant}
+    laws = {part: _read_law(root / part) for part in SCHEDULERS if part in index}
+    with _config_errors(root / "unet"):
+        unet = UNet.from_pretrained(root / "unet", **common)
+        unet.to(memory_format=torch.channels_last)
+    vae = next((part for part in ("vae", "vqvae") if part in index), None)
+    autoencoder: Autoencoder | None = None
+    if vae is not None:
+        with _config_errors(root / vae):
+            autoencoder = load_autoencoder(root / vae, **common)
+    defaults = Defaults.read(own.get("defaults", {}), str(root / OWN_FILE))
+    if defaults.sampler is None:
+        named = schedule_config.sampler_name(laws["scheduler"].config)
+        defaults = replace(defaults, sampler=named if named in samplers.NAMES else None)
+    return Loaded(
+        index,
+        unet,
+        autoencoder,
+        _load_texts(root, index, common),
+        laws["scheduler"],
+        next((law for part, law in laws.items() if part != "scheduler"), None),
+        defaults,
+        str(own.get("name") or root.resolve().name)[:200],
+        own,
+    )
+
+
+def _load_texts(root: Path, index: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[AnyTextEncoder, ...]:
+    if not isinstance(index.get("text_encoder"), list) or index["text_encoder"][1] is None:
+        return ()
+    with _config_errors(root / "text_encoder"):
+        if index["text_encoder"][1] == "CLIPTextModel":
+            return (CLIPTextEncoder.from_pretrained(root / "text_encoder", tokenizer=root / "tokenizer", **common),)
+        return (
+            T5TextEncoder.from_pretrained(
+                root / "text_encoder", tokenizer=root / "tokenizer", reading=DEEPFLOYD_IF, **common
+            ),
+        )
+
+
+def _read_law(folder: Path) -> Law:
+    config = read_json(folder / "scheduler_config.json")
+    if not isinstance(config, dict):
+        raise LdmPipeError("a config must be a JSON object", str(folder / "scheduler_config.json"))
+    return schedule_config.read(config)
+
+
+def scheduler_file(
+    law: Law, sampler: str, thresholding: Thresholding | None, *, learned: bool = False
+) -> dict[str, Any]:
+    """Return the scheduler config for diffusers: the one the law was read from, where it asks for this sampler.
+
+    Args:
+        thresholding: of x0, for a config that is made anew.
+        learned: whether the network learnt the variance of a step.
+    Raises: LdmPipeError with the reason, for what diffusers cannot represent.
+    """
+    if law.config and schedule_config.sampler_name(law.config) == sampler:
+        return dict(law.config)
+    config = law.to_config(sampler, for_stable_diffusion=False)
+    rule = thresholding or Thresholding()
+    if rule.kind == "static" and rule.space == "latent" and "clip_sample" in config:
+        config |= {"clip_sample": True, "clip_sample_range": rule.max_value}
+    elif rule.kind == "dynamic" and rule.space == "latent" and rule.max_value == 1 and "thresholding" in config:
+        cap = {"sample_max_value": min(rule.cap, 1e4)}
+        config |= {"thresholding": True, "dynamic_thresholding_ratio": rule.percentile, **cap}
+    if learned and sampler == "ddpm":
+        config["variance_type"] = "learned_range"
+    return config
+
+
+def index_of(class_name: str, parts: Mapping[str, Any], schedulers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the `model_index.json` of a pipeline.
+
+    Args:
+        parts: networks by name; None is left empty, as diffusers does.
+        schedulers: their configs by name.
+    """
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.38.0"}
+    for part, network in parts.items():
+        if part == "text_encoder":
+            kind = "" if network is None else (network.config.get("architectures") or ["CLIPTextModel"])[0]
+            words = TOKENIZERS.get(kind, "T5Tokenizer")
+            index["text_encoder"] = ["transformers", kind] if network is not None else [None, None]
+            index["tokenizer"] = ["transformers", words] if network is not None else [None, None]
+        elif network is not None:
+            index[part] = ["diffusers", network.config.get("_class_name") or type(network).class_name]
+    return {**index, **{part: ["diffusers", config["_class_name"]] for part, config in schedulers.items()}}
+
+
+def write(
+    target: str | Path,
+    index: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    schedulers: Mapping[str, Mapping[str, Any]],
+    own: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+) -> None:
+    """Write a folder whole or not at all: into a staging folder beside the target, then moved over.
+
+    Args:
+        own: for `ldm_pipe.json`.
+        dtype: of all weights on disk; None keeps that in memory.
+    Raises: LdmPipeError if something cannot be written.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise LdmPipeError("is a file, not a folder", str(target), "Choose another folder.")
+    options: dict[str, Any] = {"variant": variant, "dtype": read_dtype(dtype) if dtype is not None else None}
+
+    def fill(staging: Path) -> None:
+        for part, network in parts.items():
+            if network is not None:
+                network.save_pretrained(staging / part, **options)
+            if network is not None and part == "text_encoder":
+                _state_dtype(staging / part / "config.json")
+                network.tokenizer.save_pretrained(staging / "tokenizer")
+        for part, config in schedulers.items():
+            atomic_write(staging / part / "scheduler_config.json", json.dumps(config, indent=2) + "\n")
+        atomic_write(staging / "model_index.json", json.dumps(index, indent=2) + "\n")
+        text = json.dumps({"format_version": FORMAT_VERSION, **own}, indent=2, ensure_ascii=False)
+        atomic_write(staging / OWN_FILE, text + "\n")
+
+    _stage(target, fill)
+
+
+def _stage(target: Path, fill: Callable[[Path], None]) -> None:
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        fill(staging)
+        target.mkdir(exist_ok=True)  # with the mode that the umask asks for
+        _move_over(staging, target)
+    except OSError as error:
+        raise LdmPipeError(
+            f"cannot be written ({error.strerror or error})", str(target), "Choose another folder."
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)

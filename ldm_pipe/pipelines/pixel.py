@@ -1,0 +1,148 @@
+"""From a prompt to pixels, without latents: stage I of DeepFloyd IF.
+
+    prompt --T5--> Condition;  noise --sampler( threshold( guide( U-Net )))--> image
+
+What enters: prompts. What leaves: small pictures, which `UpscalePipeline` enlarges (stage II).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conditioning import AnyTextEncoder
+from ldm_pipe import drawing
+from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput
+from ldm_pipe.pipelines import files
+from ldm_pipe.pipelines.calls import Call, check_call, check_side, check_texts, draw_pictures, first_noise
+from ldm_pipe.pipelines.pixel_space import PixelSpace
+from ldm_pipe.placement import Placement
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.schedule import Law
+from ldm_pipe.unet import UNet
+
+CLASS = "IFPipeline"
+
+
+class PixelDiffusionPipeline(Placement, Call):
+    """Draw pictures from prompts by diffusion on pixels (after Imagen, Saharia et al. 2022, arXiv:2205.11487).
+
+    Args:
+        unet: of x_t, t and tokens.
+        text_encoders: one, or none: prompts are then given as embeddings.
+        schedule: the noise law the U-Net was trained on; its scheduler file says how x0 is thresholded.
+        defaults: what the model is best drawn with.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        text_encoders: Sequence[AnyTextEncoder],
+        schedule: Law,
+        *,
+        defaults: Defaults | None = None,
+        name: str = "",
+    ) -> None:
+        """Compose the parts; parts that do not belong together are refused."""
+        super().__init__(unet, PixelSpace(), text_encoders, schedule, defaults, name)
+        spec = unet.spec
+        if not spec.reads_tokens or spec.embedding.class_kind != "none":
+            what = "the U-Net reads no tokens" if not spec.reads_tokens else "the U-Net reads labels"
+            raise LdmPipeError(what, "PixelDiffusionPipeline", "UpscalePipeline is for those that enlarge.")
+        if spec.in_channels != 3 or spec.out_channels not in (3, 6):
+            what = f"the U-Net maps {spec.in_channels} to {spec.out_channels} channels"
+            raise LdmPipeError(what, "PixelDiffusionPipeline", "It must map pictures of 3 channels to 3, or 6.")
+        width = spec.token_dim or spec.levels[-1].cross_dim
+        for encoder in self.text_encoders:
+            if encoder.config.hidden_size != width:
+                what = f"the text encoder is {encoder.config.hidden_size} wide, the U-Net takes {width}"
+                raise LdmPipeError(what, "PixelDiffusionPipeline", "Use parts that were trained together.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> PixelDiffusionPipeline:
+        """Load a folder or a model of the hub: IFPipeline of diffusers.
+
+        Args:
+            dtype: of all weights in memory; None is float32, and T5 does not work in float16.
+            variant: "fp16" reads the files named `*.fp16.safetensors`.
+        Raises: LdmPipeError naming file and cause.
+        """
+        source = {"local_files_only": local_files_only, "revision": revision}
+        found = files.load(pretrained_model_name_or_path, (CLASS,), dtype=dtype, variant=variant, **source)
+        return cls(found.unet, found.text_encoders, found.schedule, defaults=found.defaults, name=found.name)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None, variant: str | None = None
+    ) -> None:
+        """Write a folder that diffusers draws with too."""
+        parts = {"unet": self.unet, "text_encoder": next(iter(self.text_encoders), None)}
+        learned = self.unet.spec.out_channels == 6
+        rule, sampler = self.defaults.thresholding, self.defaults.sampler or "ddpm"
+        laws = {"scheduler": files.scheduler_file(self.schedule, sampler, rule, learned=learned)}
+        own = {"name": self.name, "defaults": self.defaults.to_json()}
+        index = files.index_of(CLASS, parts, laws)
+        files.write(save_directory, index, parts, laws, own, dtype=dtype, variant=variant)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int = IntDefault(100),
+        timesteps: list[int] | None = None,
+        guidance_scale: float = FloatDefault(7.0),
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        height: int | None = None,
+        width: int | None = None,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seed: int | list[int] | None = None,
+        latents: Tensor | None = None,
+        sampler: str | Any | None = None,
+        spacing: str | None = None,
+        sampler_options: dict[str, Any] | None = None,
+        thresholding: Any = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_latents: bool = False,
+    ) -> LatentDiffusionOutput | tuple[Any, None, None]:
+        """Draw pictures; names, order and defaults are those of diffusers' IFPipeline.
+
+        Prompts are read in lower case, as the model was trained. diffusers' `clean_caption` is not here: it takes
+        addresses and markup out of captions from the web.
+
+        Args:
+            height, width: in pixels; None: those of the U-Net's training.
+            seed: picture i is drawn from seed + i (or seed[i]), whatever the batch; None draws a seed and tells it.
+            latents: unit Gaussian noise to start from, (B, 3, H, W).
+            output_type: "pil", "np", "pt" in [0, 1], or "latent": in [-1, 1], as diffusers' "pt" of this pipeline.
+            timesteps, sampler, spacing, sampler_options, thresholding: as of LatentDiffusionPipeline.
+        Returns: LatentDiffusionOutput, or (images, None, None) for return_dict=False.
+        Raises: LdmPipeError naming argument, value and range, before any work.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        sides = zip(("height", "width"), self.default_size, strict=True)
+        rows, columns = (check_side(name, given[name], side, 1) for name, side in sides)
+        request = check_call(self, given, check_texts(self, given), (rows, columns))
+        with self.one_at_a_time():
+            draw = drawing.noise_source(request)
+            cond, uncond = drawing.encode_prompts(self, request)  # type: ignore[arg-type]
+            output = draw_pictures(self, request, first_noise(self, request, draw), draw, cond, uncond)
+        return output if return_dict else (output.images, None, None)
