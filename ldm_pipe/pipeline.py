@@ -20,6 +20,7 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
 from ldm_pipe import drawing
+from ldm_pipe.adapters import Adapters
 from ldm_pipe.editing import Editing
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
@@ -33,7 +34,7 @@ from ldm_pipe.scheduler_config import SchedulerConfig, defaults_of, law_of
 from ldm_pipe.unet import UNet
 
 
-class LatentDiffusionPipeline(Editing, Placement):
+class LatentDiffusionPipeline(Editing, Adapters, Placement):
     """Draw pictures from prompts with a latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
 
     The object is read-only during a call: several threads may draw from one pipeline at once.

@@ -63,6 +63,8 @@ class VectorEmbedding(nn.Module):
 
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a 1x1 convolution as the matrix product it is: (B, C, h, w) to (B, C', h, w), channels last in memory."""
+    if conv._forward_hooks:  # an adapter in training adds to what the call returns
+        return conv(x)
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
@@ -170,7 +172,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int], kept: Kept | None = None) -> Tensor:
         """Map (B, C, h, w) to (B, C, *size), the size that was left on the way down."""
         doubled = size == (2 * x.shape[2], 2 * x.shape[3])
-        if kept is not None and kept.keep and doubled and x.device.type == "cpu" and x.dtype == torch.float32:
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not self.conv._forward_hooks
+        if kept is not None and kept.keep and doubled and plain:
             weight = kept.once(self, lambda: doubling_kernel(self.conv.weight))
             return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
