@@ -9,6 +9,7 @@ measures the result.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -30,7 +31,10 @@ from ldm_pipe.data.images import make_grid, to_pil
 from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.autoencoder import (
     AutoencoderConfig,
+    Crops,
+    Framed,
     Lecam,
+    Pictures,
     StepLog,
     autoencoder_parts,
     follow_codebook,
@@ -41,7 +45,14 @@ from ldm_pipe.training.config import parse_config, run_script
 from ldm_pipe.training.crops import CropSource
 from ldm_pipe.training.environment import process_device
 from ldm_pipe.training.loop import Trainer
-from ldm_pipe.training.pictures import PictureSource, drawing_weights, open_records
+from ldm_pipe.training.pictures import (
+    ImageBatches,
+    PictureSource,
+    ShapePlan,
+    drawing_weights,
+    open_records,
+    plan_shapes,
+)
 from ldm_pipe.training.preview import make_preview
 from ldm_pipe.training.rng import generator
 
@@ -113,6 +124,21 @@ def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, trainer: Tr
     trainer.note({"validation/psnr": float((-10 * error.log10()).mean())})
 
 
+def global_batch_of(config: AutoencoderConfig) -> int:
+    """Return how many pictures a step sees, before the processes are started."""
+    return config.train_batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def image_source(
+    config: AutoencoderConfig, records: Records, pictures: PictureSource, plan: ShapePlan
+) -> Pictures | Crops | Framed:
+    """Choose what gives the pictures of a step, see `ldm_pipe.training.autoencoder.take_pictures`."""
+    if config.frames_itself:
+        batches = ImageBatches(records, plan, config.data, config.seed)
+        return lambda micro: batches(micro).images
+    return CropSource(records, config.data.resolution, config.crop) if config.crop.random else pictures
+
+
 def list_left_out(records: Records, path: Path) -> None:
     """Write path and reason of every row that was not used, if there is any."""
     if records.report.problems:
@@ -133,7 +159,8 @@ def main(argv: list[str]) -> None:
     if discriminator is not None and config.objective.lecam_weight > 0:
         lecam = Lecam(LogitAverages().to(device))
     perceptual = load_perceptual(config.perceptual, device)
-    source = CropSource(records, config.data.resolution, config.crop) if config.crop.random else pictures
+    plan = plan_shapes(records, config.data, global_batch_of(config))
+    source = image_source(config, records, pictures, plan)
     log: StepLog[Quantised] | None = StepLog() if network is not autoencoder else None
     parts = autoencoder_parts(config, network, discriminator, source, perceptual, device, log=log, lecam=lecam)
     folder = Path(config.output_dir)
@@ -144,7 +171,7 @@ def main(argv: list[str]) -> None:
         write_grid(autoencoder, shown, folder / "grids" / f"step-{step:06d}.png", trainer)
 
     trainer = Trainer(
-        config, parts, num_items=len(records), weights=drawing_weights(records, config.data),
+        config, parts, num_items=len(records), order=plan.order(config.seed, drawing_weights(records, config.data)),
         fingerprint=records.fingerprint, validate=validate,
         save_result=lambda: finish(autoencoder, pictures, folder / "vae"),
         kept={} if lecam is None else {"logits": lecam.averages},

@@ -48,7 +48,9 @@ def make_vq(seed: int = 0) -> VQModel:
         return VQModel.from_config({**SHAPE, "num_vq_embeddings": 8})
 
 
-def make_vq_trainer(folder: Path, *, ema: bool = True, dead_below: float = 0.03, **changes: Any) -> Trainer:
+def make_vq_trainer(
+    folder: Path, *, ema: bool = True, dead_below: float = 0.03, pictures: Any = None, **changes: Any
+) -> Trainer:
     """Train a VQ autoencoder on the same pictures, without a discriminator."""
     codebook = {"num_vq_embeddings": 8, "ema": ema, "dead_below": dead_below, "decay": 0.9}
     values = {
@@ -65,15 +67,18 @@ def make_vq_trainer(folder: Path, *, ema: bool = True, dead_below: float = 0.03,
         "optim": {"learning_rate": 1e-3, "lr_warmup_steps": 0},
     }
     config = build_config(AutoencoderConfig, {**values, **changes}, "test")
-    pictures, log = make_pictures(), StepLog()
+    rows, log = make_pictures(), StepLog()
     network = VQTraining(make_vq(), ema=ema, decay=0.9, dead_below=dead_below)
-    parts = autoencoder_parts(config, network, None, lambda rows: pictures[rows], None, torch.device("cpu"), log=log)
-    trainer = Trainer(config, parts, num_items=len(pictures), fingerprint="pictures")
+    pictures = pictures or rows.__getitem__
+    parts = autoencoder_parts(config, network, None, pictures, None, torch.device("cpu"), log=log)
+    trainer = Trainer(config, parts, num_items=len(rows), fingerprint="pictures")
     follow_codebook(trainer, log)
     return trainer
 
 
-def make_trainer(folder: Path, start: int = 2, objective: dict[str, float] | None = None, **changes: Any) -> Trainer:
+def make_trainer(
+    folder: Path, start: int = 2, objective: dict[str, float] | None = None, pictures: Any = None, **changes: Any
+) -> Trainer:
     values = {
         "output_dir": str(folder),
         "max_train_steps": 5,
@@ -88,15 +93,16 @@ def make_trainer(folder: Path, start: int = 2, objective: dict[str, float] | Non
         "discriminator_optim": {"learning_rate": 1e-3, "lr_warmup_steps": 0},
     }
     config = build_config(AutoencoderConfig, {**values, **changes}, "test")
-    pictures = make_pictures()
+    rows = make_pictures()
+    pictures = pictures or rows.__getitem__
     with torch.random.fork_rng():
         torch.manual_seed(1)
         judge = PatchDiscriminator(width=4, num_layers=1)
     lecam = Lecam(LogitAverages(0.5)) if config.objective.lecam_weight > 0 else None
     cpu = torch.device("cpu")
-    parts = autoencoder_parts(config, make_autoencoder(), judge, lambda rows: pictures[rows], None, cpu, lecam=lecam)
+    parts = autoencoder_parts(config, make_autoencoder(), judge, pictures, None, cpu, lecam=lecam)
     kept = {"logits": lecam.averages} if lecam else {}
-    trainer = Trainer(config, parts, num_items=len(pictures), fingerprint="pictures", kept=kept)
+    trainer = Trainer(config, parts, num_items=len(rows), fingerprint="pictures", kept=kept)
     if lecam:
         follow_logits(trainer, lecam)
     return trainer

@@ -26,6 +26,7 @@ from autoencoder import (
 )
 from autoencoder.losses import Features
 from autoencoder.quantizer import perplexity
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.config import OptimConfig, StrictModel, TrainConfig
 from ldm_pipe.training.crops import CropConfig, crop_draws
 from ldm_pipe.training.loop import Logs, Micro, Part, Trainer
@@ -35,6 +36,8 @@ Pictures = Callable[[list[int]], Tensor]
 """Rows to images (B, 3, H, W) in [-1, 1]."""
 Crops = Callable[[list[int], Tensor], Tensor]
 """Rows and draws (B, 3) in [0, 1) to images cropped where the draws say."""
+Framed = Callable[[Micro], Tensor]
+"""The slice of a step to images, cropped and mirrored as the data config asks."""
 
 REVIVE_EVERY = 10  # steps between two looks for dead codes: each gathers the latents of all processes
 
@@ -113,12 +116,21 @@ class AutoencoderConfig(TrainConfig):
     def _consistent(self) -> AutoencoderConfig:
         if self.network.regularisation == "kl" and self.codebook != CodebookConfig():
             raise ValueError("codebook is set, but network.regularisation is 'kl'")
+        if self.data.num_crops > 1:
+            raise ValueError("data.num_crops is of cached latents: an autoencoder crops anew in every step")
+        if self.crop.random and self.frames_itself:
+            raise ValueError("crop.random crops already: leave data.center_crop and data.aspect_ratio_buckets alone")
         objective = self.objective
         if objective.adversarial_weight == 0 and (objective.r1_weight or objective.lecam_weight):
             raise ValueError("objective.r1_weight or lecam_weight is set, but adversarial_weight is 0")
         if self.network.regularisation == "vq" and objective.kl_weight != ObjectiveConfig().kl_weight:
             raise ValueError("objective.kl_weight is set, but network.regularisation is 'vq'")
         return self
+
+    @property
+    def frames_itself(self) -> bool:
+        """Tell whether the data config alone crops and mirrors (`ImageBatches`): shapes or places differ by picture."""
+        return self.data.aspect_ratio_buckets or not self.data.center_crop
 
 
 def flip_some(image: Tensor, draws: Tensor) -> Tensor:
@@ -170,7 +182,7 @@ def autoencoder_parts(
     config: AutoencoderConfig,
     network: Autoencoder | VQTraining,
     discriminator: nn.Module | None,
-    pictures: Pictures | Crops,
+    pictures: Pictures | Crops | Framed,
     perceptual: Features | None,
     device: torch.device,
     *,
@@ -181,24 +193,19 @@ def autoencoder_parts(
 
     Args:
         network: an `AutoencoderKL`, or a `VQModel` in its training wrapper.
-        pictures: maps rows to images; where the config asks for crops, rows and draws.
+        pictures: maps rows to images; where the config asks for crops, rows and draws; where the data config crops and
+            mirrors (`frames_itself`), the slice of a step.
         log: receives what a codebook quantised, for `follow_codebook`.
         lecam: receives mean logits, for `follow_logits`, and gives the anchors.
     """
     objective, weights = config.objective, loss_config(config)
     autoencoder = network.autoencoder if isinstance(network, VQTraining) else network
-    latent = (autoencoder.latent_channels, *(config.data.resolution // autoencoder.factor,) * 2)
-
-    def load(micro: Micro) -> Tensor:
-        image = take_pictures(config, pictures, micro)
-        if config.data.random_flip:
-            image = flip_some(image, batch_uniform(1, config.seed, "flip", micro.step, positions=micro.positions)[:, 0])
-        return image.to(device)
 
     def generator_loss(micro: Micro) -> tuple[Tensor, Logs]:
-        image = load(micro)
+        image = take_pictures(config, pictures, micro).to(device)
         shrink = shrink_of(config, micro.step)
         if autoencoder is network:
+            latent = (autoencoder.latent_channels, *(side // autoencoder.factor for side in image.shape[2:]))
             noise = batch_normal(latent, config.seed, "posterior", micro.step, positions=micro.positions).to(device)
             reconstruction, between = parts[0].module(image, noise, shrink)
         else:
@@ -236,10 +243,16 @@ def autoencoder_parts(
 
 
 def take_pictures(config: AutoencoderConfig, pictures: Any, micro: Micro) -> Tensor:
-    """Return the images of a slice, cropped at random where the config asks for it."""
-    if not config.crop.random:
-        return pictures(micro.indices)
-    return pictures(micro.indices, crop_draws(config.seed, micro.step, micro.positions))
+    """Return the images of a slice, cropped and mirrored at random where the config asks for it."""
+    if config.frames_itself:
+        return pictures(micro)
+    if config.crop.random:
+        image = pictures(micro.indices, crop_draws(config.seed, micro.step, micro.positions))
+    else:
+        image = pictures(micro.indices)
+    if not config.data.random_flip:
+        return image
+    return flip_some(image, batch_uniform(1, config.seed, "flip", micro.step, positions=micro.positions)[:, 0])
 
 
 def shrink_of(config: AutoencoderConfig, step: int) -> int:
@@ -267,7 +280,10 @@ def follow_codebook(trainer: Trainer, log: StepLog[Quantised]) -> None:
 
     A step that is skipped for bad numbers moves nothing. All processes see the same counts, latents and draws, and so
     hold the same codebook.
+    Raises: LdmPipeError where weights are sharded: a copy would be trained, and this codebook would stand still.
     """
+    if trainer.sharded:
+        raise LdmPipeError("FSDP cannot train a codebook", "the accelerate config", "Use DDP.")
     training, optimizer = trainer.raw["autoencoder"], trainer.optimizers["autoencoder"]
     assert isinstance(training, VQTraining)
     name = "autoencoder.quantize.embedding.weight"

@@ -14,14 +14,19 @@ from torch import Tensor
 pytest.importorskip("accelerate")
 
 from autoencoder import VQTraining
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.autoencoder import (
     REVIVE_EVERY,
     AutoencoderConfig,
     PreviewTrainConfig,
+    StepLog,
     flip_some,
+    follow_codebook,
     latent_statistics,
     shrink_of,
 )
+from ldm_pipe.training.config import build_config
+from ldm_pipe.training.loop import Micro
 from ldm_pipe.training.preview import make_preview
 from tests.autoencoders import RESOLUTION, make_autoencoder, make_pictures, make_trainer, make_vq, make_vq_trainer
 from tests.training import assert_same_bits, whole_state
@@ -126,6 +131,42 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     )
     losses = [trainer.train_step()["autoencoder/reconstruction"] for _ in range(120)]
     assert sum(losses[-7:]) < 0.75 * sum(losses[:7]), "a network that learns nothing stays where it began"
+
+
+def test_pictures_of_several_shapes_train_together(tmp_path: Path) -> None:
+    """Aspect-ratio buckets: what gives the pictures frames them itself, and the posterior's noise has their shape."""
+    shapes = [(16, 16), (16, 32), (8, 16)]
+    data = {"resolution": RESOLUTION, "aspect_ratio_buckets": True, "random_flip": True}
+    seen: list[tuple[int, ...]] = []
+
+    def framed(micro: Micro) -> Tensor:
+        height, width = shapes[micro.step % 3]
+        seen.append((height, width))
+        return torch.zeros(len(micro.indices), 3, height, width)
+
+    for kind in (make_trainer, make_vq_trainer):
+        trainer = kind(tmp_path, data=data, pictures=framed)
+        logs = [trainer.train_step() for _ in range(3)]
+        assert all(math.isfinite(log["autoencoder/loss"]) for log in logs)
+    assert seen == shapes * 2
+
+
+def test_crops_that_would_be_ignored_or_doubled_are_refused() -> None:
+    crop = {"random": True, "zoom_max": 2.0}
+    for values, named in (
+        ({"data": {"num_crops": 3}}, "num_crops"),
+        ({"data": {"center_crop": False}, "crop": crop}, "crops already"),
+        ({"data": {"aspect_ratio_buckets": True}, "crop": crop}, "crops already"),
+    ):
+        with pytest.raises(LdmPipeError, match=named):
+            build_config(AutoencoderConfig, {"output_dir": "x", **values}, "test")
+
+
+def test_a_sharded_codebook_is_refused(tmp_path: Path) -> None:
+    trainer = make_vq_trainer(tmp_path)
+    trainer.sharded = True
+    with pytest.raises(LdmPipeError, match="FSDP cannot train a codebook"):
+        follow_codebook(trainer, StepLog())
 
 
 def test_mirrored_pictures_are_those_whose_draw_says_so() -> None:
