@@ -87,7 +87,7 @@ def check_embeds(
     for name, value in (("prompt_embeds", tokens), ("negative_prompt_embeds", null)):
         if value is None:
             continue
-        width = pipe.unet.config.get("cross_attention_dim")
+        width = pipe.unet.config.get("encoder_hid_dim") or pipe.unet.config.get("cross_attention_dim")
         if (
             not isinstance(value, Tensor)
             or not value.is_floating_point()
