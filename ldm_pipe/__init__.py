@@ -13,17 +13,28 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ldm_pipe import guidance, samplers, thresholding
     from ldm_pipe.pipeline import LatentDiffusionPipeline
+    from ldm_pipe.pipelines import load_pipeline
     from ldm_pipe.pretrained import LdmPipeError
     from ldm_pipe.schedule import NoiseSchedule
     from ldm_pipe.unet import UNet
 
-__all__ = ["LatentDiffusionPipeline", "LdmPipeError", "NoiseSchedule", "UNet", "guidance", "samplers", "thresholding"]
+__all__ = [
+    "LatentDiffusionPipeline",
+    "LdmPipeError",
+    "NoiseSchedule",
+    "UNet",
+    "guidance",
+    "load_pipeline",
+    "samplers",
+    "thresholding",
+]
 
 _HOMES = {
     "LatentDiffusionPipeline": "ldm_pipe.pipeline",
     "LdmPipeError": "ldm_pipe.pretrained",
     "NoiseSchedule": "ldm_pipe.schedule",
     "UNet": "ldm_pipe.unet",
+    "load_pipeline": "ldm_pipe.pipelines",
 }
 
 

@@ -33,7 +33,7 @@ from ldm_pipe.outputs import (
     whole_number,
 )
 from ldm_pipe.pipelines.pixel_space import PixelSpace
-from ldm_pipe.pixels import give_images
+from ldm_pipe.pixels import give_images, load_images
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import (
     MAX_PIXELS,
@@ -179,6 +179,25 @@ def check_scale(pipe: Any, given: Mapping[str, Any]) -> float:
     if (scale is None or isinstance(scale, FloatDefault)) and pipe.defaults.guidance_scale is not None:
         scale = pipe.defaults.guidance_scale
     return real_number("guidance_scale", scale, 0.0, 1000.0)
+
+
+def check_small(value: Any, count: int | None, num_groups: int = 1) -> Tensor:
+    """Read the pictures to enlarge, and repeat them for every picture to draw.
+
+    Args:
+        value: what the caller gave.
+        count: how many are drawn; None: one for each.
+        num_groups: prompts, each of which may have its picture.
+    Returns: (B, 3, h, w) in [-1, 1].
+    """
+    if value is None:
+        raise LdmPipeError("no image", how_to_fix="give the small picture as image")
+    small = load_images(value) * 2 - 1
+    count = len(small) if count is None else count
+    if len(small) not in (1, num_groups, count) or count % len(small):
+        what = f"{len(small)} pictures in image, {count} to draw"
+        raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
+    return small.repeat_interleave(count // len(small), dim=0)
 
 
 def check_side(name: str, value: Any, default: int, factor: int) -> int:

@@ -53,11 +53,17 @@ PARTS = {
     "vae": ("AutoencoderKL",),
     "vqvae": ("VQModel", "AutoencoderKL"),
     "text_encoder": ("CLIPTextModel", *T5_CLASSES.values()),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"),
+    "tokenizer": (
+        "CLIPTokenizer",
+        "CLIPTokenizerFast",
+        "T5Tokenizer",
+        "T5TokenizerFast",
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",  # what transformers 5 calls the former
+    ),
 }
 SCHEDULERS = ("scheduler", "low_res_scheduler", "image_noising_scheduler")
 IGNORED = ("safety_checker", "feature_extractor", "watermarker", "requires_safety_checker", "max_noise_level")
-TOKENIZERS = {"CLIPTextModel": "CLIPTokenizer"}  # and T5's for all others
 
 
 @dataclass(frozen=True)
@@ -207,11 +213,13 @@ def index_of(class_name: str, parts: Mapping[str, Any], schedulers: Mapping[str,
     for part, network in parts.items():
         if part == "text_encoder":
             kind = "" if network is None else (network.config.get("architectures") or ["CLIPTextModel"])[0]
-            words = TOKENIZERS.get(kind, "T5Tokenizer")
+            library = getattr(getattr(network, "tokenizer", None), "library", None)
+            words = "CLIPTokenizer" if library is None else type(library).__name__
             index["text_encoder"] = ["transformers", kind] if network is not None else [None, None]
             index["tokenizer"] = ["transformers", words] if network is not None else [None, None]
         elif network is not None:
-            index[part] = ["diffusers", network.config.get("_class_name") or type(network).class_name]
+            kind = network.config.get("_class_name") or type(network).class_name
+            index[part] = ["ldm_pipe" if kind == OWN_CLASS_2D else "diffusers", kind]
     return {**index, **{part: ["diffusers", config["_class_name"]] for part, config in schedulers.items()}}
 
 

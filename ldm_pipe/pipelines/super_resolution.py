@@ -19,12 +19,10 @@ from conditioning import Condition
 from ldm_pipe import drawing
 from ldm_pipe.outputs import Defaults, IntDefault, LatentDiffusionOutput
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, check_call, draw_pictures, first_noise, no_texts
+from ldm_pipe.pipelines.calls import Call, check_call, check_small, draw_pictures, first_noise, no_texts
 from ldm_pipe.pipelines.upscale import with_scale
-from ldm_pipe.pixels import load_images
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.request import _repeat
 from ldm_pipe.schedule import Law
 from ldm_pipe.unet import UNet
 
@@ -128,16 +126,12 @@ class SuperResolutionPipeline(Placement, Call):
         Raises: LdmPipeError naming argument, value and range, before any work.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
-        if image is None:
-            raise LdmPipeError("no image", how_to_fix="give the small picture as image")
-        small = load_images(image)
-        texts = no_texts(len(small) if batch_size == 1 else batch_size)
-        small = _repeat("image", small, texts.num_pictures, 1)
+        small = check_small(image, None if batch_size == 1 else no_texts(batch_size).num_pictures)
         size = (small.shape[2] * self.factor, small.shape[3] * self.factor)
-        request = check_call(self, given, texts, size)
+        request = check_call(self, given, no_texts(len(small)), size)
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
             eps = first_noise(self, request, draw)
-            cond = Condition(spatial=(small * 2 - 1).to(self.device))
+            cond = Condition(spatial=small.to(self.device))
             output = draw_pictures(self, request, eps, draw, cond, None)
         return output if return_dict else (output.images,)

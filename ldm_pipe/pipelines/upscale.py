@@ -22,13 +22,12 @@ from ldm_pipe import drawing
 from ldm_pipe.noise import Draw
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, whole_number
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, check_call, check_side, check_texts, draw_pictures, first_noise
+from ldm_pipe.pipelines.calls import Call, check_call, check_side, check_small, check_texts, draw_pictures, first_noise
 from ldm_pipe.pipelines.pixel_space import PixelSpace
-from ldm_pipe.pixels import load_images
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import q_sample
-from ldm_pipe.request import Request, _repeat
+from ldm_pipe.request import Request
 from ldm_pipe.schedule import Law, NoiseSchedule
 from ldm_pipe.unet import UNet
 
@@ -216,11 +215,8 @@ class UpscalePipeline(Placement, Call):
         level = min(level, self.max_noise_level) if given["noise_level"] is None else given["noise_level"]
         level = whole_number("noise_level", level, 0, self.max_noise_level)
         texts = check_texts(self, given)
-        if given["image"] is None:
-            raise LdmPipeError("no image", how_to_fix="give the small picture as image")
-        small = load_images(given["image"])
-        num_prompts = texts.num_pictures // (given["num_images_per_prompt"] or 1)
-        small = _repeat("image", small, texts.num_pictures, num_prompts)
+        each = given["num_images_per_prompt"] or 1
+        small = check_small(given["image"], texts.num_pictures, texts.num_pictures // each)
         if self.in_pixels:
             sides = zip(("height", "width"), self.default_size, strict=True)
             size = tuple(check_side(name, given[name], side, 1) for name, side in sides)
@@ -230,7 +226,7 @@ class UpscalePipeline(Placement, Call):
             if given["height"] not in (None, size[0]) or given["width"] not in (None, size[1]):
                 what = f"height and width are {given['height']} and {given['width']}"
                 raise LdmPipeError(what, how_to_fix=f"leave them out: the result is {size[0]}x{size[1]}")
-        return check_call(self, given, texts, (size[0], size[1])), small * 2 - 1, level
+        return check_call(self, given, texts, (size[0], size[1])), small, level
 
     def _noises(self, request: Request, small: Tensor, level: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """Draw the first noise, and lay noise over the small picture; draws come in diffusers' order."""

@@ -1,0 +1,284 @@
+"""The pipelines beside LatentDiffusionPipeline: which class opens which folder, what is refused, seeds and classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ldm_pipe
+from autoencoder import AutoencoderKL, VQModel
+from ldm_pipe import LatentDiffusionPipeline, NoiseSchedule, UNet
+from ldm_pipe.outputs import Defaults, Thresholding
+from ldm_pipe.pipelines import (
+    PixelDiffusionPipeline,
+    SuperResolutionPipeline,
+    UnconditionalPipeline,
+    UpscalePipeline,
+)
+from ldm_pipe.pipelines.calls import thresholding_of
+from ldm_pipe.pretrained import LdmPipeError
+
+TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
+UNET: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 8,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 3,
+    "sample_size": 16,
+}
+LAW = NoiseSchedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
+FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+
+
+def network(**changes: Any) -> UNet:
+    torch.manual_seed(0)
+    return UNet.from_config({**UNET, **changes}).eval()
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unconditional(**changes: Any) -> UnconditionalPipeline:
+    return quiet(UnconditionalPipeline(network(**changes), LAW, defaults=Defaults(sampler="ddim"), name="tiny"))
+
+
+def by_class(null: int | None = 4) -> UnconditionalPipeline:
+    return quiet(UnconditionalPipeline(network(num_class_embeds=5), LAW, null_label=null))
+
+
+def latent() -> UnconditionalPipeline:
+    vq = VQModel.from_config({**AUTOENCODER, "num_vq_embeddings": 16, "scaling_factor": 1.0}).eval()
+    return quiet(UnconditionalPipeline(network(), LAW, vq))
+
+
+def enlarging() -> SuperResolutionPipeline:
+    vq = VQModel.from_config({**AUTOENCODER, "num_vq_embeddings": 16, "scaling_factor": 1.0}).eval()
+    return quiet(SuperResolutionPipeline(network(in_channels=6), vq, LAW))
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "DDIMPipeline": unconditional,
+    "LDMPipeline": latent,
+    "UnconditionalPipeline": by_class,
+    "LDMSuperResolutionPipeline": enlarging,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_folder_is_opened_by_the_class_that_wrote_it(name: str, tmp_path: Path) -> None:
+    pipe = MAKERS[name]()
+    pipe.save_pretrained(tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "model_index.json").read_text())["_class_name"] == name
+    again = ldm_pipe.load_pipeline(tmp_path / "m")
+    assert type(again) is type(pipe)
+    for key, value in pipe.unet.state_dict().items():
+        assert torch.equal(value, again.unet.state_dict()[key])
+    again.save_pretrained(tmp_path / "n", dtype="bfloat16", variant="low")
+    low: Any = ldm_pipe.load_pipeline(tmp_path / "n", variant="low", dtype="bfloat16")
+    assert low.dtype == torch.bfloat16
+    assert getattr(low, "null_label", None) == getattr(pipe, "null_label", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "n"]
+    for other in (LatentDiffusionPipeline, PixelDiffusionPipeline, UpscalePipeline):
+        with pytest.raises(LdmPipeError, match=name):
+            other.from_pretrained(tmp_path / "m")
+
+
+def test_the_shipped_kind_of_folder_is_opened_too() -> None:
+    assert isinstance(ldm_pipe.load_pipeline(TINY), LatentDiffusionPipeline)
+    with pytest.raises(LdmPipeError, match="load_pipeline"):
+        UnconditionalPipeline.from_pretrained(TINY)
+
+
+WRONG: list[tuple[str, str, Callable[[Any], Any]]] = [
+    ("unknown pipeline", "model_index.json", lambda j: j.update(_class_name="UnCLIPPipeline")),
+    ("custom code", "model_index.json", lambda j: j.update(unet=["my_module", "MyUNet"])),
+    ("unknown part", "model_index.json", lambda j: j.update(prior=["diffusers", "PriorTransformer"])),
+    ("scheduler from elsewhere", "model_index.json", lambda j: j.update(scheduler=["os", "system"])),
+    ("missing part", "model_index.json", lambda j: j.pop("unet")),
+    ("list", "model_index.json", lambda j: [j]),
+    ("latent as pixel", "model_index.json", lambda j: j.update(_class_name="LDMPipeline")),
+    ("scheduler list", "scheduler/scheduler_config.json", lambda j: [1]),
+    ("no betas", "scheduler/scheduler_config.json", lambda j: j.pop("beta_start")),
+    ("width", "unet/config.json", lambda j: j.update(block_out_channels=[16, 48])),
+    ("huge", "unet/config.json", lambda j: j.update(block_out_channels=[2**31, 2**31])),
+    ("six channels", "unet/config.json", lambda j: j.update(in_channels=6)),
+    ("format", "ldm_pipe.json", lambda j: j.update(format_version=99)),
+    ("null label", "ldm_pipe.json", lambda j: j.update(null_label="none")),
+]
+
+
+@pytest.mark.parametrize(("file", "change"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_a_wrong_folder_is_refused(file: str, change: Callable[[Any], Any], saved: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(saved, tmp_path / "model"))
+    value = json.loads((model / file).read_text())
+    changed = change(value)
+    (model / file).write_text(json.dumps(value if not isinstance(changed, list) else changed))
+    with pytest.raises(LdmPipeError):
+        ldm_pipe.load_pipeline(model)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    unconditional().save_pretrained(folder)
+    return folder
+
+
+def test_nothing_half_written_where_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = unconditional()
+    pipe.save_pretrained(tmp_path / "m")
+    before = {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipe.unet, "save_pretrained", full)
+    with pytest.raises(LdmPipeError, match="No space left"):
+        pipe.save_pretrained(tmp_path / "m")
+    assert {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("maker", [unconditional, latent])
+def test_a_picture_belongs_to_its_seed(maker: Callable[[], UnconditionalPipeline]) -> None:
+    """Ancestral noise too: one generator per picture, whatever the batch."""
+    pipe = maker()
+    both = pipe(2, sampler="ddpm", seed=5, **FEW)
+    assert both.seeds == [5, 6]
+    torch.testing.assert_close(pipe(1, sampler="ddpm", seed=6, **FEW).images[0], both.images[1], rtol=0, atol=1e-5)
+    assert pipe(1, seed=1, num_inference_steps=1).images[0].size == ((8, 8) if maker is unconditional else (16, 16))
+    assert pipe(1, seed=1, return_dict=False, **FEW)[0].shape[0] == 1
+
+
+def test_classes_and_guidance() -> None:
+    """w = 1 is the class alone, and w extrapolates from none to the class (arXiv:2207.12598, eq. 6)."""
+    pipe, call = by_class(), {"seed": 3, "num_inference_steps": 1, "output_type": "latent", "sampler": "ddim"}
+    plain, none = (pipe(class_labels=label, **call).images for label in (2, 4))
+    assert not torch.allclose(plain, none, atol=1e-3)
+    guided = pipe(class_labels=2, guidance_scale=3.0, **call).images  # the one step is linear in the output
+    torch.testing.assert_close(guided, none + 3 * (plain - none), rtol=1e-3, atol=1e-3)
+    several = pipe(class_labels=[2, 4], **{**call, "seed": [3, 3]}).images
+    torch.testing.assert_close(several, torch.cat([plain, none]), rtol=1e-4, atol=1e-4)
+
+
+def logits(x: Tensor, t: Tensor) -> Tensor:
+    """Say that class 1 is bright."""
+    assert t.shape == (len(x),)
+    mean = x.flatten(1).mean(1)
+    return torch.stack([-20 * mean, 20 * mean], dim=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun"])
+def test_a_classifier_pulls_pictures_towards_its_class(sampler: str) -> None:
+    pipe = unconditional()
+    call: dict[str, Any] = {"seed": 0, "sampler": sampler, "num_inference_steps": 10, "output_type": "latent"}
+    dark, bright = (pipe(class_labels=y, classifier=logits, classifier_scale=5.0, **call).images.mean() for y in (0, 1))
+    plain = pipe(**call).images.mean()
+    assert dark < plain < bright
+
+
+@pytest.mark.parametrize(
+    ("maker", "call"),
+    [
+        (unconditional, {"batch_size": 0}),
+        (unconditional, {"class_labels": 1}),
+        (unconditional, {"guidance_scale": 2.0}),
+        (unconditional, {"height": "8"}),
+        (unconditional, {"latents": torch.zeros(1, 3, 4, 4)}),
+        (unconditional, {"seed": 1, "generator": torch.Generator()}),
+        (unconditional, {"sampler": "dimm"}),
+        (unconditional, {"sampler": "ddpm", "eta": 0.5}),
+        (unconditional, {"output_type": "jpeg"}),
+        (unconditional, {"classifier": logits}),
+        (unconditional, {"classifier": logits, "class_labels": 7}),
+        (latent, {"height": 15}),
+        (by_class, {}),
+        (by_class, {"class_labels": 5}),
+        (by_class, {"class_labels": "cat"}),
+        (by_class, {"class_labels": [1, 2], "batch_size": 3}),
+        (lambda: by_class(None), {"class_labels": 1, "guidance_scale": 2.0}),
+        (enlarging, {}),
+        (enlarging, {"image": torch.rand(2, 3, 8, 8), "batch_size": 3}),
+    ],
+)
+def test_a_wrong_call_is_refused_before_any_work(maker: Callable[[], Any], call: dict[str, Any]) -> None:
+    with pytest.raises(LdmPipeError):
+        maker()(**{**FEW, **call})
+
+
+def test_a_callback_sees_changes_and_stops() -> None:
+    pipe, seen = unconditional(), []
+
+    def callback(view: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(i)
+        view._interrupt = i == 1
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    images = pipe(seed=0, num_inference_steps=5, output_type="latent", callback_on_step_end=callback).images
+    assert seen == [0, 1]
+    assert not images.any()
+    assert pipe(seed=0, num_inference_steps=3, output_type="latent").images.any()
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    vae = AutoencoderKL.from_config({**AUTOENCODER, "latent_channels": 4})
+    for wrong in (
+        lambda: UnconditionalPipeline(network(), LAW, vae),
+        lambda: UnconditionalPipeline(network(in_channels=6), LAW),
+        lambda: UnconditionalPipeline(network(num_class_embeds=3), LAW, null_label=3),
+        lambda: SuperResolutionPipeline(network(), vae, LAW),
+        lambda: UpscalePipeline(network(in_channels=6), None, (), LAW, LAW),
+        lambda: PixelDiffusionPipeline(network(), (), LAW),
+    ):
+        with pytest.raises(LdmPipeError):
+            wrong()
+
+
+def test_what_a_scheduler_file_asks_for_is_what_its_class_of_diffusers_does() -> None:
+    static = Thresholding("static", max_value=2.0)
+    assert thresholding_of({"_class_name": "DDPMScheduler", "clip_sample_range": 2.0}) == static  # on by default there
+    assert thresholding_of({"_class_name": "DDIMScheduler", "clip_sample": False}) == Thresholding()
+    assert thresholding_of({"_class_name": "EulerDiscreteScheduler", "clip_sample": True}) == Thresholding()
+    dynamic = {"_class_name": "DDPMScheduler", "thresholding": True, "sample_max_value": 1.5}
+    assert thresholding_of(dynamic) == Thresholding("dynamic", cap=1.5)
+    assert thresholding_of({}) == Thresholding()
+
+
+def test_what_is_thresholded_here_is_so_in_the_file(tmp_path: Path) -> None:
+    """A model of ours in pixels: clip_sample, its variance and its law reach diffusers' scheduler file."""
+    defaults = Defaults(sampler="ddpm", thresholding=Thresholding("static"))
+    UnconditionalPipeline(network(out_channels=6), LAW, defaults=defaults).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    wanted = {"_class_name": "DDPMScheduler", "clip_sample": True, "variance_type": "learned_range", "steps_offset": 0}
+    assert {key: config[key] for key in wanted} == wanted
+    assert ldm_pipe.load_pipeline(tmp_path).defaults.thresholding == Thresholding("static")
+
+
+def test_slicing_says_that_there_is_no_autoencoder() -> None:
+    with pytest.warns(UserWarning, match="no autoencoder"):
+        unconditional().enable_vae_slicing()
