@@ -225,7 +225,7 @@ def import_adm(
     heads: Heads | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> tuple[str, ...]:
-    """Turn an ADM checkpoint into `unet/` (and `scheduler/`, for a published model) of a new folder.
+    """Turn an ADM checkpoint into `unet/` of a new folder; for a published model, into one that draws.
 
     Args:
         heads: what shapes do not tell; None: as in the published model of these shapes.
@@ -242,18 +242,39 @@ def import_adm(
     if heads is None:
         heads, law = known_heads(shape, where)
     config = write_adm_config(shape, heads)
+    if law is not None and shape.in_channels == 3:
+        config["sample_size"] = 2 ** (len(shape.channels) + 2)  # 64 has 4 levels, 128 has 5, 256 has 6, 512 has 7
     with torch.device("meta"):
         net = UNet.from_config(config)
     ours = from_adm(tensors, net, heads.order)
     check_tensors(net, ours, where)
     save_tensors(target / "unet" / "diffusion_pytorch_model.safetensors", ours)
     atomic_write(target / "unet" / "config.json", json.dumps(config, indent=2) + "\n")
-    notes = []
+    notes: list[str] = []
     if law is not None:
         scheduler = {**_SCHEDULER, "beta_schedule": law}
         scheduler["variance_type"] = "learned_range" if shape.out_channels == 2 * 3 else "fixed_small"
         text = json.dumps(scheduler, indent=2)
         atomic_write(target / "scheduler" / "scheduler_config.json", text + "\n")
+        notes += _write_index(target, shape, str(config["_class_name"]))
     if config["_class_name"] == OWN_CLASS_2D:
         notes.append("diffusers' UNet2DModel cannot represent this network: it is a folder for ldm_pipe only.")
     return tuple(notes)
+
+
+def _write_index(target: Path, shape: Shape, unet: str) -> list[str]:
+    """Write `model_index.json`: diffusers' pipeline where it draws with the network, else ours.
+
+    Returns: a note, where no pipeline draws with it.
+    """
+    if shape.in_channels != 3:
+        return ["It enlarges a picture, which no pipeline here does in pixels without a prompt: use its U-Net."]
+    plain = shape.num_classes == 0 and unet == "UNet2DModel"
+    index = {
+        "_class_name": "DDPMPipeline" if plain else "UnconditionalPipeline",
+        "_diffusers_version": "0.38.0",
+        "unet": ["ldm_pipe" if unet == OWN_CLASS_2D else "diffusers", unet],
+        "scheduler": ["diffusers", _SCHEDULER["_class_name"]],
+    }
+    atomic_write(target / "model_index.json", json.dumps(index, indent=2) + "\n")
+    return []

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm_pipe import schedule_config
 from ldm_pipe.interop.adm import _SCHEDULER, KNOWN, Heads, import_adm, is_adm, known_heads, read_shape, split_qkv
 from ldm_pipe.interop.ldm_names import unet_modules
+from ldm_pipe.pipelines import UnconditionalPipeline, load_pipeline
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.unet import UNet
 from ldm_pipe.unet.config_2d import OWN_CLASS_2D, read_config_2d
@@ -198,6 +199,27 @@ def test_diffusers_computes_the_same_where_its_class_fits(tmp_path: Path) -> Non
     with torch.no_grad():
         expected = reference(x, T, LABELS)
         assert float((theirs(x, T, LABELS).sample - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [Heads(width=16), Heads(count=4)])
+def test_a_published_model_becomes_a_folder_that_draws(
+    heads: Heads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By class, with its learnt variance; heads that diffusers has not are ours to draw with."""
+    reference = Reference(2, heads)
+    monkeypatch.setitem(KNOWN, ((32, 64), 1, (1,)), (heads, "linear"))
+    torch.save(reference.tensors, tmp_path / "model.pt")
+    import_adm(tmp_path / "model.pt", tmp_path / "out")
+    pipe: Any = load_pipeline(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe, UnconditionalPipeline)
+    assert (pipe.num_classes, pipe.default_size, pipe.defaults.sampler) == (5, (16, 16), "ddpm")
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    z = pipe(class_labels=3, latents=noise, num_inference_steps=1, output_type="latent").images
+    t = torch.tensor([0.0])  # one step of 1000, with leading spacing, is the last time
+    alpha, sigma = (float(level) for level in pipe.schedule.alpha_sigma(t[0].double()))
+    eps = reference(noise, t, torch.tensor([3]))[:, :3]
+    torch.testing.assert_close(z, ((noise - sigma * eps) / alpha).clamp(-1, 1), rtol=0, atol=1e-4)
 
 
 def test_published_models_are_known_by_their_shapes() -> None:
