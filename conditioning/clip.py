@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from conditioning.condition import Condition
-from conditioning.text import READING_KEY, SD1, Reading, choose_state, encode_prompts, tokenizer_of
+from conditioning.text import READING_KEY, SD1, Reading, check_mask, choose_state, encode_prompts, tokenizer_of
 from conditioning.tokenizer import ClipTokenizer
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, resolve_folder
 
@@ -276,13 +276,13 @@ class CLIPTextEncoder(PretrainedModule):
     def encode_ids(self, ids: Tensor, mask: Tensor, *, clip_skip: int | None = None) -> Condition:
         """Encode ready rows of ids, (B, L) each; arguments and errors as in `encode`."""
         hide = self.reading.attend_mask or self.config.get("use_attention_mask")
-        output = self(ids.to(self.device), mask.to(self.device) if hide else None)
+        mask = check_mask(ids, mask).to(self.device)
+        output = self(ids.to(self.device), mask if hide else None)
         tokens = choose_state(
             self.reading, output.hidden, output.last, self.text_model.final_layer_norm, clip_skip, "CLIPTextEncoder"
         )
         pooled = {"none": None, "pooled": output.pooled, "projected": output.projected}[self.reading.pooled]
-        kept = mask.to(self.device) if self.reading.keep_mask else None
-        return Condition(tokens=tokens, token_mask=kept, pooled=pooled)
+        return Condition(tokens=tokens, token_mask=mask if self.reading.keep_mask else None, pooled=pooled)
 
     @torch.no_grad()
     def add_token(self, name: str, vectors: Tensor) -> None:

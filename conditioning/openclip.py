@@ -19,6 +19,7 @@ from conditioning.text import (
     OPENCLIP_SD2,
     LibraryTokenizer,
     Reading,
+    check_mask,
     choose_state,
     encode_prompts,
 )
@@ -210,13 +211,12 @@ class OpenCLIPTextEncoder(PretrainedModule):
 
     def encode_ids(self, ids: Tensor, mask: Tensor, *, clip_skip: int | None = None) -> Condition:
         """Encode ready rows of ids, (B, L) each; towers that hide padding do it by the ids."""
+        mask = check_mask(ids, mask).to(self.device)
         hidden, last, projected = self(ids.to(self.device))
         norm = getattr(self.text, "ln_final", nn.Identity())
         tokens = choose_state(self.reading, [ids, *hidden], last, norm, clip_skip, "OpenCLIPTextEncoder")
         pooled = projected if self.reading.pooled == "projected" else None
-        return Condition(
-            tokens=tokens, token_mask=mask.to(self.device) if self.reading.keep_mask else None, pooled=pooled
-        )
+        return Condition(tokens=tokens, token_mask=mask if self.reading.keep_mask else None, pooled=pooled)
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from conditioning.condition import Condition
 from conditioning.framing import FramedTokenizer
-from conditioning.text import READING_KEY, T5, LibraryTokenizer, Reading, choose_state, encode_prompts
+from conditioning.text import READING_KEY, T5, LibraryTokenizer, Reading, check_mask, choose_state, encode_prompts
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, atomic_write, read_json, resolve_folder, save_tensors
 
 MAX_LENGTH = 512  # T5 was trained on no more
@@ -167,7 +167,7 @@ class T5TextEncoder(nn.Module):
 
     def encode_ids(self, ids: Tensor, mask: Tensor, *, clip_skip: int | None = None) -> Condition:
         """Encode ready rows of ids, (B, L) each."""
-        mask = mask.to(self.device)
+        mask = check_mask(ids, mask).to(self.device)
         hidden, last = self(ids.to(self.device), mask if self.reading.attend_mask else None)
         stack: Any = self.model.encoder
         tokens = choose_state(self.reading, hidden, last, stack.final_layer_norm, clip_skip, "T5TextEncoder")

@@ -139,6 +139,17 @@ def encode_prompts(encoder: PromptEncoder, prompts: Sequence[str], clip_skip: in
     return encoder.encode_ids(batch.ids, batch.mask, clip_skip=clip_skip)
 
 
+def check_mask(ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the mask of rows of ids.
+
+    Raises: LdmPipeError if it has not one value for each id.
+    """
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        what = f"the token mask is {list(mask.shape)}, the ids are {list(ids.shape)}"
+        raise LdmPipeError(what, "text encoder", "Give one value for each id, (B, L) both.")
+    return mask
+
+
 def choose_state(
     reading: Reading,
     hidden: Sequence[Tensor],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conditioning.condition import Condition
 from conditioning.framing import FramedTokenizer
-from conditioning.text import SD1, LibraryTokenizer, Reading, choose_state, encode_prompts
+from conditioning.text import SD1, LibraryTokenizer, Reading, check_mask, choose_state, encode_prompts
 from conditioning.tokenizer import ClipTokenizer
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, resolve_folder
 
@@ -175,7 +175,7 @@ class TransformerTextEncoder(PretrainedModule):
 
     def encode_ids(self, ids: Tensor, mask: Tensor, *, clip_skip: int | None = None) -> Condition:
         """Encode ready rows of ids, (B, L) each."""
-        mask = mask.to(self.device)
+        mask = check_mask(ids, mask).to(self.device)
         hidden, last = self(ids.to(self.device), mask if self.reading.attend_mask else None)
         body: Any = self.model
         tokens = choose_state(self.reading, hidden, last, body.layer_norm, clip_skip, "TransformerTextEncoder")

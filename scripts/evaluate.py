@@ -3,6 +3,7 @@
     python scripts/evaluate.py autoencoder --model runs/emoji/autoencoder/vae --output runs/emoji/evaluation/autoencoder
     python scripts/evaluate.py retrieval --guidance_scale 1 2 3 4 5 7 10 --output runs/emoji/evaluation/retrieval
     python scripts/evaluate.py sheet --output docs/images
+    python scripts/evaluate.py mask --model runs/emoji/diffusion_mask --output runs/emoji/evaluation/mask
     python scripts/evaluate.py inversion --output runs/emoji/evaluation/inversion
     python scripts/evaluate.py bits --model runs/emoji/diffusion --output runs/emoji/evaluation/bits
 
@@ -35,12 +36,14 @@ from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
 from ldm_pipe.metrics.inversion import measure_inversion
 from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
+from ldm_pipe.metrics.mask import measure_masks
 from ldm_pipe.metrics.reconstruction import report_reconstruction
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.process import Variance
-from ldm_pipe.training.config import run_script
+from ldm_pipe.training.beside import read_masks
+from ldm_pipe.training.config import DataConfig, run_script
 from ldm_pipe.training.environment import git_commit, hardware
 
 NOTO = "data/emoji/data/noto"
@@ -94,9 +97,15 @@ def build_parser() -> argparse.ArgumentParser:
     invert.add_argument("--num_inference_steps", type=int, default=50, help="up, and as many down (default 50)")
     invert.add_argument("--num_refinements", type=int, nargs="+", default=[0, 1, 4], help="per step (default 0 1 4)")
     invert.set_defaults(run=run_inversion, sampler=None, guidance_scale=None)
-    for one in (rebuild, retrieve, sheet, invert):
+    mask = kinds.add_parser("mask", help="how well a model that takes masks keeps to them")
+    mask.add_argument("--model", required=True, help="folder or training run")
+    mask.add_argument("--num_prompts", type=int, default=60, help="captions, chosen by hash (default 60)")
+    mask.add_argument("--num_inference_steps", type=int, default=20, help="default 20")
+    mask.add_argument("--guidance_scale", type=float, nargs="+", default=[4.0], help="default 4")
+    mask.set_defaults(run=run_mask, sampler=None)
+    for one in (rebuild, retrieve, sheet, invert, mask):
         one.add_argument("--train_file", default=f"{NOTO}/train.parquet", help="parquet file of the training drawings")
-    for one in (rebuild, retrieve, sheet, bits, invert):
+    for one in (rebuild, retrieve, sheet, bits, invert, mask):
         one.add_argument("--batch_size", type=int, default=20, help="pictures at once (default 20)")
         one.add_argument("--device", help="default: a GPU if there is one")
         one.add_argument("--output", required=True, type=Path, help="folder for results.json and the pictures")
@@ -317,6 +326,27 @@ def run_inversion(args: argparse.Namespace, device: torch.device) -> None:
         sheets += found.images
     save_picture(make_grid(sheets, len(prompts)), args.output / "inversion.png")
     write_results(args, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": rows}, began)
+
+
+def run_mask(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw captions in their own masks and in those of others, and measure how far the drawings fill them."""
+    began = time.perf_counter()
+    records, pipe = load_plain(args.train_file), load_model(args, device)
+    rows = asked(records, args.num_prompts)
+    data = DataConfig(mask_column="mask", resolution=pipe.defaults.height or 64)
+    masks, prompts = torch.cat(read_masks(records, data, rows)), [records.captions[row] for row in rows]
+    results = []
+    print("| guidance | own mask | mask of another | no mask | masks of two drawings |\n|---|---|---|---|---|")
+    for scale in args.guidance_scale:
+        call = {"guidance_scale": scale, "num_inference_steps": args.num_inference_steps, "seed": SEED}
+        report = measure_masks(pipe, prompts, masks, batch_size=args.batch_size, **call)
+        found = {name: round(getattr(report, name), 4) for name in ("own", "swapped", "unasked", "chance")}
+        results.append({"guidance_scale": scale, **found})
+        print(f"| {scale:g} | " + " | ".join(f"{value:.3f}" for value in found.values()) + " |", flush=True)
+        lines = (masks, report.own_images, masks.roll(-1, dims=0), report.swapped_images)
+        shown = [to_pil(2 * one - 1) for line in lines for one in line.expand(-1, 3, -1, -1)[:NUM_SHEET]]
+        save_picture(make_grid(shown, min(NUM_SHEET, len(prompts))), args.output / f"masks-{scale:g}.png")
+    write_results(args, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": results}, began)
 
 
 # -- likelihood --------------------------------------------------------------------------------------------------

@@ -373,4 +373,9 @@ class UNet(PretrainedModule):
                 raise LdmPipeError("tokens are missing", "U-Net", "Give the encoded prompt as tokens (B, L, D).")
             return None, None
         kept = tokens if isinstance(tokens, Kept) else Kept(self._project_tokens(tokens), keep=False, given=tokens)
-        return kept, None if token_mask is None else mask_to_bias(token_mask, kept.tokens.dtype)
+        if token_mask is None:
+            return kept, None
+        if token_mask.ndim != 2 or token_mask.shape[1] != kept.tokens.shape[1]:
+            what = f"token_mask of shape {tuple(token_mask.shape)} for {kept.tokens.shape[1]} tokens"
+            raise LdmPipeError(what, "U-Net", "Give one value for each token, (B, L).")
+        return kept, mask_to_bias(token_mask, kept.tokens.dtype)
