@@ -1,0 +1,42 @@
+"""Pictures of a class, drawn by the model before it is fine-tuned, so that it does not forget its looks.
+
+What enters: a pipeline and a FinetuneConfig. What leaves: a folder of pictures (Ruiz et al. 2022, arXiv:2208.12242,
+section 3.2).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ldm_pipe.data.dataset import Records, load_records
+from ldm_pipe.data.images import SUFFIXES
+from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pretrained import atomic_write
+from ldm_pipe.training.finetune import FinetuneConfig
+
+
+def class_pictures(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> Records:
+    """Read the pictures of the class; where there are too few, the model draws the rest from seeds 0, 1, ...
+
+    The pictures are written to `class_data_dir` one by one, so that an interrupted run draws only what is missing.
+    """
+    folder = Path(config.class_data_dir or Path(config.output_dir) / "class_images")
+    folder.mkdir(parents=True, exist_ok=True)
+    own = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("drawn-")]
+    wanted = [folder / f"drawn-{seed:05d}.png" for seed in range(max(0, config.num_class_images - len(own)))]
+    missing = [(seed, path) for seed, path in enumerate(wanted) if not path.is_file()]
+    side, size = config.data.resolution, config.sample_batch_size
+    pipe.set_progress_bar_config(disable=True)
+    for first in tqdm(range(0, len(missing), size), desc="class pictures", disable=not missing):
+        batch = missing[first : first + size]
+        images = pipe(
+            [config.class_prompt or ""] * len(batch), seed=[seed for seed, _ in batch], height=side, width=side
+        ).images
+        for image, (_, path) in zip(images, batch, strict=True):
+            file = io.BytesIO()
+            image.save(file, format="PNG")
+            atomic_write(path, file.getvalue())
+    return load_records(folder, caption_column=None)

@@ -1,0 +1,242 @@
+"""The pictures and captions of a fine-tuning run as tensors, and its loss.
+
+What enters: records, a pipeline and a FinetuneConfig. What leaves: latents and embeddings (or token ids), computed
+once, and `loss(micro)` for the trainer. This file knows no optimiser and does not choose what is trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from conditioning.text import ids_digest
+from ldm_pipe.data.cache import TextCache, module_hash
+from ldm_pipe.data.dataset import Records
+from ldm_pipe.drawing import encode
+from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.schedule import Law
+from ldm_pipe.training.diffusion import DiffusionData, diffusion_loss
+from ldm_pipe.training.finetune import CAPTION, WORD, FinetuneConfig
+from ldm_pipe.training.finetune_convert import random_masks
+from ldm_pipe.training.finetune_nets import stacked_ids
+from ldm_pipe.training.loop import Logs, Micro
+from ldm_pipe.training.pictures import (
+    ImageBatch,
+    ImageBatches,
+    LatentBatch,
+    LatentBatches,
+    ShapePlan,
+    drawing_weights,
+    open_records,
+    plan_shapes,
+)
+from ldm_pipe.training.rng import generator
+
+
+def open_instances(config: FinetuneConfig) -> Records:
+    """Read the run's pictures, captions only where they are used; `max_train_samples` are drawn by the seed.
+
+    Raises: LdmPipeError naming what is missing: pictures, captions, columns.
+    """
+    column, most = config.data.caption_column if config.reads_captions else None, config.data.max_train_samples
+    records = open_records(config.data.model_copy(update={"caption_column": column, "max_train_samples": None}))
+    if not len(records):
+        raise LdmPipeError("no pictures are left", config.data.train_data_dir, str(records.report))
+    if most is None or most >= len(records):
+        return records
+    chosen = torch.randperm(len(records), generator=generator(config.seed, "samples"))[:most]
+    return records.select(sorted(chosen.tolist()))
+
+
+def captions_of(config: FinetuneConfig, records: Records) -> list[list[str]]:
+    """Write the captions of every picture: each template with each of its captions, equally many for all pictures."""
+    most = max(len(captions) for captions in records.caption_lists)
+    rows = [[captions[i % len(captions)] for i in range(most)] for captions in records.caption_lists]
+    word = config.placeholder_token or ""
+    return [
+        [template.replace(CAPTION, caption).replace(WORD, word) for template in config.templates for caption in row]
+        for row in rows
+    ]
+
+
+def check_shapes(pipe: LatentDiffusionPipeline, plan: ShapePlan) -> None:
+    """Refuse sides that the autoencoder cannot map to latents and back.
+
+    Raises: LdmPipeError with the sides nearby that fit.
+    """
+    unit = pipe.factor
+    for height, width in plan.shapes:
+        if height % unit or width % unit:
+            low = max(min(height, width) // unit, 1) * unit
+            what = f"pictures of {width}x{height} do not fit a model with one latent for {unit} pixels a side"
+            how = f"Use a resolution (and bucket_step) that is a multiple of {unit}, such as {low} or {low + unit}."
+            raise LdmPipeError(what, "config data.resolution", how)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The latents of some records, framed anew in every step: cached, or encoded when they are needed.
+
+    Args:
+        pipe: has the autoencoder.
+        frames: gives the cached latents, or the pictures, of a slice.
+        config: the run's.
+    """
+
+    pipe: LatentDiffusionPipeline
+    frames: LatentBatches | ImageBatches
+    config: FinetuneConfig
+
+    @torch.no_grad()
+    def moments(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the normalised latents of a slice, (B, C, h, w) each."""
+        autoencoder, batch = self.pipe.autoencoder, self._batch(micro)
+        raw = batch if isinstance(batch, LatentBatch) else autoencoder.encode_moments(batch.images.to(self.pipe.device))
+        scale, shift = autoencoder.scaling_factor, autoencoder.shift_factor
+        return (raw.mean.cpu() - shift) * scale, torch.exp(0.5 * raw.log_var.cpu()) * scale
+
+    @torch.no_grad()
+    def beside(self, micro: Micro) -> dict[str, Tensor]:
+        """Return what the U-Net reads beside x_t and the text: SDXL's six numbers, the mask and the known part."""
+        batch, found = self._batch(micro), {}
+        if self.pipe.unet.spec.embedding.number_dim:
+            found["labels"] = batch.time_ids.float().to(self.pipe.device)
+        if self.config.inpainting:
+            assert isinstance(batch, ImageBatch)
+            masks = random_masks(self.config.seed, micro, batch.images.shape[2:]).to(self.pipe.device)
+            known = self.pipe.autoencoder.encode(batch.images.to(masks) * (masks < 0.5))
+            found["spatial"] = torch.cat([F.interpolate(masks, size=known.shape[2:]), known], dim=1)
+        return found
+
+    def _batch(self, micro: Micro) -> LatentBatch | ImageBatch:
+        """Frame a slice once, for all who ask."""
+        if "frames" not in micro.memo:
+            micro.memo["frames"] = self.frames(micro)
+        return micro.memo["frames"]
+
+
+def cache_pictures(
+    pipe: LatentDiffusionPipeline, config: FinetuneConfig, records: Records, plan: ShapePlan
+) -> Pictures:
+    """Compute, or find, the latents of every picture; with `cache_latents` off they are encoded in each step.
+
+    So they are for inpainting too, where the known part depends on the mask of the step.
+    """
+    autoencoder, data = pipe.autoencoder, config.data
+    if not config.cache_latents or config.inpainting:
+        return Pictures(pipe, ImageBatches(records, plan, data, config.seed), config)
+    with tqdm(total=len(records), desc="latents") as bar:
+        frames = LatentBatches.build(
+            config.cache_dir, records, plan, autoencoder.encode_moments, data, config.seed,
+            autoencoder_hash=module_hash(autoencoder), device=autoencoder.device,
+            progress=lambda done, _: bar.update(done - bar.n) and None,
+        )  # fmt: skip
+    return Pictures(pipe, frames, config)
+
+
+@torch.no_grad()
+def cache_texts(
+    pipe: LatentDiffusionPipeline, config: FinetuneConfig, variants: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """Embed every distinct caption once, or only tokenize it where the text encoders run in every step."""
+    texts = [*dict.fromkeys(text for row in variants for text in row if text), ""]
+    rows = {text: row for row, text in enumerate(texts)}
+    table = torch.tensor([[rows[text] for text in row] for row in variants])
+    if config.trains_tokens:
+        ids, mask = stacked_ids(pipe.text_encoders, texts)
+        return {"tokens": ids, "caption_rows": table, "token_mask": mask}
+    encoders = [f"{module_hash(encoder)} {ids_digest(encoder, texts)}" for encoder in pipe.text_encoders]
+    with tqdm(total=len(texts), desc="captions") as bar:
+        found = TextCache.build(
+            config.cache_dir, texts, lambda part: encode(pipe, part), encoder_hash=" ".join(encoders), batch_size=64,
+            dtype=torch.float16, progress=lambda done, _: bar.update(done - bar.n) and None,
+        )  # fmt: skip
+    return {
+        "tokens": found.tokens, "caption_rows": table, "token_mask": found.token_mask, "pooled": found.pooled
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the steps of a run read.
+
+    Args:
+        data: the run's pictures and captions.
+        num_rows: how many pictures.
+        order: makes the data order of a global batch size.
+        prior, num_prior: the pictures of the class, where it is preserved, and how many.
+    """
+
+    data: DiffusionData
+    num_rows: int
+    order: Callable[[int], Any]
+    prior: DiffusionData | None = None
+    num_prior: int = 0
+
+
+def make_inputs(
+    pipe: LatentDiffusionPipeline,
+    config: FinetuneConfig,
+    records: Records,
+    class_records: Records | None = None,
+) -> Inputs:
+    """Compute everything that the steps read.
+
+    Args:
+        class_records: pictures of the class that is preserved.
+    """
+    parts = [(records, captions_of(config, records))]
+    if class_records is not None:
+        parts.append((class_records, [[config.class_prompt or ""]] * len(class_records)))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    plans = [plan_shapes(part, config.data, global_batch) for part, _ in parts]
+    found = []
+    for (part, variants), plan in zip(parts, plans, strict=True):
+        check_shapes(pipe, plan)
+        pictures = cache_pictures(pipe, config, part, plan)
+        texts = cache_texts(pipe, config, variants)
+        found.append(DiffusionData(None, None, moments=pictures.moments, more=pictures.beside, **texts))
+    order = plans[0].order(config.seed, drawing_weights(records, config.data))
+    prior = found[1] if len(found) > 1 else None
+    return Inputs(found[0], len(records), order, prior, 0 if class_records is None else len(class_records))
+
+
+def finetune_loss(
+    net: Callable[..., Tensor],
+    inputs: Inputs,
+    schedule: Law,
+    config: FinetuneConfig,
+    *,
+    global_batch: int,
+    device: torch.device,
+) -> Callable[[Micro], tuple[Tensor, Logs]]:
+    """Make the loss of a run: the diffusion loss, where asked with the class preserved beside the instances.
+
+        L = L(instances) + prior_loss_weight L(class)    (Ruiz et al. 2022, arXiv:2208.12242, eq. 2)
+
+    Each slice of instances is joined by as many pictures of the class, noised independently.
+    """
+    sizes: dict[str, Any] = {"global_batch": global_batch, "device": device}
+    of_instances = diffusion_loss(net, inputs.data, schedule, config.loss_config(), **sizes)
+    if inputs.prior is None:
+        return of_instances
+    of_class = diffusion_loss(net, inputs.prior, schedule, config.loss_config(), **sizes)
+
+    def loss(micro: Micro) -> tuple[Tensor, Logs]:
+        value, logs = of_instances(micro)
+        rows = [(micro.step * global_batch + i) % inputs.num_prior for i in micro.positions]
+        places = range(micro.positions.start + global_batch, micro.positions.stop + global_batch)
+        prior, _ = of_class(Micro(micro.step, rows, places))
+        logs = {**logs, "instance_loss": float(value.detach()), "prior_loss": float(prior.detach())}
+        return value + config.prior_loss_weight * prior, logs
+
+    return loss

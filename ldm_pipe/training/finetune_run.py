@@ -1,0 +1,85 @@
+"""One fine-tuning run: model, data, trainer and results put together.
+
+What enters: a FinetuneConfig. What leaves: a trainer to `fit()`, as the script and notebooks do. Its parts are
+in finetune_*.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ldm_pipe.data.images import make_grid
+from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.training.dreambooth import class_pictures
+from ldm_pipe.training.environment import git_commit, process_device
+from ldm_pipe.training.finetune import FinetuneConfig, check_config
+from ldm_pipe.training.finetune_convert import convert
+from ldm_pipe.training.finetune_data import finetune_loss, make_inputs, open_instances
+from ldm_pipe.training.finetune_nets import Trained, build_trained
+from ldm_pipe.training.loop import Part, Trainer
+
+
+def load_model(config: FinetuneConfig) -> LatentDiffusionPipeline:
+    """Load the model to be fine-tuned, in float32, and convert it where the config asks for it.
+
+    Raises: LdmPipeError for settings that mean nothing together, or that the model cannot follow.
+    """
+    check_config(config)
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    pipe = LatentDiffusionPipeline.from_pretrained(
+        config.pretrained_model_name_or_path, variant=config.variant, revision=config.revision
+    )
+    pipe = convert(pipe, config).to(process_device())
+    pipe.set_progress_bar_config(disable=True)
+    if config.enable_xformers_memory_efficient_attention:
+        pipe.unet.set_attention("xformers")
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    return pipe
+
+
+def draw_sheet(pipe: LatentDiffusionPipeline, config: FinetuneConfig, path: Path) -> None:
+    """Draw the validation prompts from fixed seeds: one row per prompt."""
+    num, side = config.num_validation_images, config.data.resolution
+    prompts = [prompt for prompt in config.validation_prompts for _ in range(num)]
+    scale = {} if config.validation_guidance_scale is None else {"guidance_scale": config.validation_guidance_scale}
+    images = pipe(
+        prompts, seed=[i % num for i in range(len(prompts))], height=side, width=side,
+        num_inference_steps=config.validation_num_inference_steps, **scale,
+    ).images  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_grid(images, columns=num if num > 1 else 8, labels=prompts).save(path)
+
+
+def make_trainer(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> tuple[Trainer, Trained]:
+    """Put data, networks, loss and results of a run together."""
+    records = open_instances(config)
+    others = class_pictures(pipe, config) if config.with_prior_preservation else None
+    folder = Path(config.output_dir)
+    trained = build_trained(pipe, config)
+    inputs = make_inputs(pipe, config, records, others)
+    facts = {
+        "data": f"{len(records)} pictures of {config.data.train_data_dir}", "steps": str(config.max_train_steps),
+        "commit": git_commit() or "unknown", "fine-tuned from": pipe.name, "method": config.method,
+    }  # fmt: skip
+
+    def validate(step: int, trainer: Trainer) -> None:
+        path = folder / "grids" / f"step-{step:06d}.png"
+        draw_sheet(pipe, config, path)
+        trainer.show("validation", path)
+
+    part = Part(
+        "unet", trained.net, lambda micro: loss(micro), config.optim, config.ema_decay if config.use_ema else None,
+        save_frozen=config.method == "full" and config.train_parts == ("all",),
+    )  # fmt: skip
+    trainer = Trainer(
+        config, [part], num_items=inputs.num_rows, order=inputs.order,
+        fingerprint=records.fingerprint, validate=validate if config.validation_prompts else None,
+        save_result=lambda: trained.save(folder, facts),
+    )  # fmt: skip
+    sizes = {"global_batch": trainer.global_batch, "device": process_device()}
+    loss = finetune_loss(part.module, inputs, pipe.schedule, config, **sizes)
+    return trainer, trained
