@@ -256,6 +256,30 @@ def test_factors_from_4_to_32(levels: int) -> None:
         assert len(model.encoder.mid_block.attentions) == (levels == 4)
 
 
+@pytest.mark.parametrize("levels", [5, 6])
+@pytest.mark.parametrize("kind", [AutoencoderKL, VQModel])
+def test_factors_16_and_32_build_at_full_size_and_train(kind: type[AutoencoderKL | VQModel], levels: int) -> None:
+    types = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    with torch.device("meta"):  # LDM, arXiv:2112.10752, table 8: widths 128 x (1, 1, 2, 2, 4, 4)
+        large = kind.from_config({**types, "block_out_channels": [128, 128, 256, 256, 512, 512][:levels]})
+    assert large.factor == 2 ** (levels - 1)
+    assert sum(parameter.numel() for parameter in large.parameters()) > 20e6
+    torch.manual_seed(0)
+    small = kind.from_config({**types, "block_out_channels": [8] * levels, "norm_num_groups": 4}).train()
+    image = torch.tanh(randn(2, 3, 64, 64))
+    optimiser, losses = torch.optim.Adam(small.parameters(), 3e-3), []
+    for _ in range(6):
+        reconstruction, between = small(image)
+        loss = (reconstruction - image).abs().mean()
+        extra = quantiser_loss(between) if isinstance(between, Quantised) else 1e-6 * between.kl().mean()
+        optimiser.zero_grad()
+        (loss + extra).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in small.parameters())
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
 @torch.no_grad()
 def test_shrinking_averages_the_latents_before_they_are_decoded() -> None:
     model, image = build(), randn(1, 3, 16, 16)
