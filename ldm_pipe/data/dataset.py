@@ -1,8 +1,8 @@
 """Records: the checked, filtered rows that a training uses.
 
-Enters: parquet files, an image folder, a hub name or a `datasets.Dataset`. Leaves: `Records`, in which every row has a
-readable picture and (unless none are wanted) a caption; what was left out is listed with its reason. This file does not
-know the order in which rows are used, nor tensors.
+Enters: parquet files, shards, an image folder, a hub name or a `datasets.Dataset`. Leaves: `Records`, in which every
+row has a readable picture and (unless none are wanted) a caption; what was left out is listed with its reason. This
+file does not know the order in which rows are used, nor tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from PIL import Image
 
+from ldm_pipe.data.archives import ARCHIVE_SUFFIXES, find_archives, read_archive
 from ldm_pipe.data.images import MAX_PIXELS, WHITE, open_image
 from ldm_pipe.data.rows import DataReport, Row, check_pictures, check_rows
 from ldm_pipe.data.sources import (
@@ -24,12 +25,15 @@ from ldm_pipe.data.sources import (
     find_parquet,
     join_tables,
     load_hub,
+    load_saved,
     read_dataset,
     read_folder,
     read_parquet,
     split_of,
 )
 from ldm_pipe.pretrained import LdmPipeError
+
+SAVED_NAMES = ("dataset_dict.json", "state.json")
 
 DataSource: TypeAlias = "str | Path | Sequence[str | Path] | Any"
 
@@ -162,8 +166,9 @@ def load_records(
     """Load and check one split.
 
     Args:
-        source: parquet file(s), folder of parquet files, image folder with metadata.jsonl / metadata.csv / .txt files,
-            name of a hub data set, or a `datasets.Dataset`.
+        source: parquet file(s), tar or zip shards with .txt or .json beside each picture, a folder of either, image
+            folder with metadata.jsonl / metadata.csv / .txt files, folder of `save_to_disk`, name of a hub data set, or
+            a `datasets.Dataset`.
         split: "train", "validation" or "test"; ignored for single parquet files and `Dataset` objects.
         image_column: column of the pictures.
         caption_column: column of the captions, one text or a list of texts per picture; None: none are wanted.
@@ -205,23 +210,31 @@ def _read(source: DataSource, split: str, image_column: str, caption_column: str
     if not isinstance(source, (str, Path)):
         return read_dataset(source, image_column, "dataset")
     path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise LdmPipeError("is not a parquet file", str(path), "Give a parquet file or a folder.")
+    if path.is_dir():
+        return _read_folder(path, split, image_column, caption_column)
+    if path.suffix in ARCHIVE_SUFFIXES and path.is_file():
+        return read_archive(path, image_column, caption_column)
+    if path.suffix == ".parquet" and path.is_file():
         return read_parquet(path, image_column)
-    if not path.is_dir():
-        if (
-            path.suffix == ".parquet"
-            or path.is_absolute()
-            or len(Path(source).parts) > 2
-            or str(source).startswith(".")
-        ):
-            raise LdmPipeError("no such file or folder", str(path))
-        return read_dataset(load_hub(str(source), config, split), image_column, str(source))
+    if path.is_file():
+        how = "Give a .parquet file, a .tar or .zip of pictures, or a folder."
+        raise LdmPipeError("is not a parquet file, nor a tar or zip", str(path), how)
+    known = path.suffix in (".parquet", *ARCHIVE_SUFFIXES)
+    if known or path.is_absolute() or len(Path(source).parts) > 2 or str(source).startswith("."):
+        raise LdmPipeError("no such file or folder", str(path))
+    return read_dataset(load_hub(str(source), config, split), image_column, str(source))
+
+
+def _read_folder(path: Path, split: str, image_column: str, caption_column: str | None) -> Table:
+    """Read a folder of parquet files, of shards, of pictures, or one saved by the `datasets` library."""
+    if any((path / name).is_file() for name in SAVED_NAMES):
+        return read_dataset(load_saved(path, split), image_column, str(path))
     if parquet := find_parquet(path, split):
         return join_tables([read_parquet(file, image_column) for file in parquet])
     if any(path.rglob("*.parquet")):
         raise LdmPipeError(f"there are parquet files, but none for split {split!r}", str(path))
+    if shards := find_archives(path, split):
+        return join_tables([read_archive(file, image_column, caption_column) for file in shards])
     has_splits = [folder for folder in path.iterdir() if folder.is_dir() and split_of(Path(folder.name) / "x")]
     if has_splits and not any((path / metadata).is_file() for metadata in METADATA_NAMES):
         matching = [folder for folder in has_splits if split_of(Path(folder.name) / "x") == split]

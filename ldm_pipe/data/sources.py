@@ -51,7 +51,7 @@ class Table:
     problems: list[Problem] = field(default_factory=list)
 
 
-class _Lazy(Sequence[Any]):
+class Lazy(Sequence[Any]):
     """A sequence whose items are made when asked for."""
 
     def __init__(self, length: int, get: Any) -> None:
@@ -81,10 +81,10 @@ class _Chain(Sequence[Any]):
         return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
-def member_path(root: Path, name: object, where: str) -> Path:
-    """Resolve a file name read from a table inside its folder.
+def check_name(name: object, where: str) -> str:
+    """Return a file name read from a table or an archive.
 
-    Raises: LdmPipeError if it is absolute, has `..`, or is a link that leads out of the folder.
+    Raises: LdmPipeError if it is no text, absolute, or has `..`.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise LdmPipeError(f"file name {name!r} is not a path", where=where)
@@ -94,7 +94,15 @@ def member_path(root: Path, name: object, where: str) -> Path:
         raise LdmPipeError(
             f"path {name!r} leads out of the folder", where=where, how_to_fix="use paths below the folder"
         )
-    path = root / name
+    return name
+
+
+def member_path(root: Path, name: object, where: str) -> Path:
+    """Resolve a file name read from a table inside its folder.
+
+    Raises: LdmPipeError if it is absolute, has `..`, or is a link that leads out of the folder.
+    """
+    path = root / check_name(name, where)
     if not path.resolve().is_relative_to(root.resolve()):
         raise LdmPipeError(f"path {name!r} is a link that leads out of the folder", where=where)
     return path
@@ -148,7 +156,7 @@ def read_parquet(path: Path, image_column: str) -> Table:
 
 
 def _arrow_bytes(column: Any) -> Sequence[Any]:
-    return _Lazy(len(column), lambda row: column[row].as_py())
+    return Lazy(len(column), lambda row: column[row].as_py())
 
 
 def _arrow_pictures(column: Any, path: Path) -> Sequence[Any]:
@@ -159,7 +167,7 @@ def _arrow_pictures(column: Any, path: Path) -> Sequence[Any]:
         name = value.get("path")
         return None if name is None else member_path(path.parent, name, f"{path}:row {row}")
 
-    return _Lazy(len(column), get)
+    return Lazy(len(column), get)
 
 
 def _need_column(name: str, known: Iterable[str], where: str) -> None:
@@ -254,7 +262,7 @@ def _read_text_files(folder: Path, files: list[Path], caption_column: str | None
         try:
             if beside.is_file() and beside.stat().st_size > MAX_LINE:
                 raise ValueError(f"{beside.name} is larger than {MAX_LINE} bytes")
-            text = _lines(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+            text = caption_lines(beside.read_text(encoding="utf-8")) if beside.is_file() else None
         except (OSError, ValueError) as error:
             problems.append(Problem(str(path), "broken row", f"caption file: {error}"))
             continue
@@ -269,7 +277,7 @@ def _read_text_files(folder: Path, files: list[Path], caption_column: str | None
     return Table(kept, columns, [str(path) for path in kept], "file_name", problems)
 
 
-def _lines(text: str) -> str | list[str]:
+def caption_lines(text: str) -> str | list[str]:
     """Read a caption file: a line is a caption, and several lines are several captions of the picture."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines if len(lines) > 1 else "".join(lines)
@@ -295,7 +303,7 @@ def read_dataset(dataset: Any, image_column: str, where: str) -> Table:
     columns: dict[str, Sequence[Any]] = {}
     for name in dataset.column_names:
         if name in pictures:
-            columns[name] = _Lazy(len(dataset), lambda row, name=name: get(row, name))
+            columns[name] = Lazy(len(dataset), lambda row, name=name: get(row, name))
         else:
             columns[name] = list(dataset.select_columns(name)[name])
     return Table(columns[image_column], columns, [f"{where}:row {row}" for row in range(len(dataset))], image_column)
@@ -318,6 +326,24 @@ def load_hub(name: str, config: str | None, split: str) -> Any:
             name,
             "Give the path of a folder or a parquet file, or check the name and the network.",
         ) from error
+
+
+def load_saved(folder: Path, split: str) -> Any:
+    """Load one split of a folder written by `save_to_disk` of the `datasets` library."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise LdmPipeError("a saved data set needs `datasets`", str(folder), 'pip install "ldm-pipe[train]"') from error
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library raises its own and pyarrow's errors
+        what = f"cannot be read as a saved data set ({type(error).__name__}: {str(error)[:200]})"
+        raise LdmPipeError(what, str(folder)) from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise LdmPipeError(f"there is no split {split!r}", str(folder), f"Found: {list(found)}.")
+    return found[split]
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
