@@ -9,7 +9,7 @@ from conditioning.image import CLIPImageEncoder
 from conditioning.label import LabelEncoder, LabelInput
 from conditioning.load import AnyTextEncoder, load_text_encoder
 from conditioning.openclip import OpenCLIPTextEncoder
-from conditioning.sizes import size_condition
+from conditioning.sizes import score_condition, size_condition
 from conditioning.spatial import SpatialInput, SpatialRescaler
 from conditioning.t5 import T5TextEncoder
 from conditioning.text import Reading
@@ -35,5 +35,6 @@ __all__ = [
     "encode_weighted",
     "load_concept",
     "load_text_encoder",
+    "score_condition",
     "size_condition",
 ]

@@ -75,6 +75,11 @@ class Condition:
         """Repeat each row num times, copies side by side: rows a, b become a, a, b, b."""
         return self._map(lambda value: value.repeat_interleave(num, dim=0))
 
+    def zeros(self) -> Condition:
+        """Return zeros for tokens and pooled vectors, which is how SDXL says nothing; other slots stay."""
+        names = [name for name in ("tokens", "pooled") if getattr(self, name) is not None]
+        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in names})
+
     def select(self, rows: slice | Tensor | Sequence[int]) -> Condition:
         """Take some rows of the batch."""
         index = rows if isinstance(rows, (slice, Tensor)) else list(rows)

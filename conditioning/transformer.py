@@ -133,7 +133,8 @@ class TransformerTextEncoder(PretrainedModule):
         root = resolve_folder(folder, local_files_only=local_files_only, revision=revision)
         root = root / subfolder if subfolder else root
         encoder = super().from_pretrained(root, dtype=dtype, device=device, variant=variant)
-        beside = root.parent / "tokenizer"
+        named = root.name.startswith("text_encoder")  # text_encoder_2 has tokenizer_2; LDM's `bert` has tokenizer
+        beside = root.parent / (root.name.replace("text_encoder", "tokenizer") if named else "tokenizer")
         place = tokenizer if tokenizer is not None else beside if beside.is_dir() else None
         encoder.tokenizer = _read_tokenizer(Path(place)) if isinstance(place, (str, Path)) else place
         return encoder

@@ -7,6 +7,7 @@ settled before (request.py); the order of the stages is the pipeline's.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -30,51 +31,97 @@ if TYPE_CHECKING:
     from ldm_pipe.request import Request
 
 
-def encode(pipe: LatentDiffusionPipeline, texts: Sequence[str], clip_skip: int | None = None) -> Condition:
+def encode(
+    pipe: LatentDiffusionPipeline,
+    texts: Sequence[str],
+    clip_skip: int | None = None,
+    texts_2: Sequence[str] | None = None,
+) -> Condition:
     """Encode texts with every text encoder; equal texts are encoded once.
 
-    Returns: Condition with tokens (B, L, D), several encoders' side by side along D.
+    Args:
+        texts_2: what the second encoder and those after it read; None or an empty text: the same as the first.
+    Returns: Condition with tokens (B, L, D), several encoders' side by side along D, and what else they give.
     """
     if not pipe.text_encoders:
         raise LdmPipeError(
             "the pipeline has no text encoder", how_to_fix="Give prompt_embeds and negative_prompt_embeds."
         )
-    distinct = list(dict.fromkeys(texts))
+    others = [other or text for text, other in zip(texts, texts_2 or texts, strict=True)]
     conditions = []
-    for encoder in pipe.text_encoders:
+    for i, encoder in enumerate(pipe.text_encoders):
+        read = others if i else texts
+        distinct = list(dict.fromkeys(read))
         with pipe.on_device(encoder):
-            conditions.append(encoder.encode(distinct, clip_skip=clip_skip))
-    joined = conditions[0]
-    for condition in conditions[1:]:
-        joined = joined.join(condition)
-    return joined.select([distinct.index(text) for text in texts])
+            condition = encoder.encode(distinct, clip_skip=clip_skip)
+        conditions.append(condition.select([distinct.index(text) for text in read]))
+    return functools.reduce(Condition.join, conditions)
 
 
-def encode_prompts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Condition, Condition | None]:
-    """Return the condition and, under guidance, the unconditional one; given embeddings are taken as they are."""
+def encode_prompts(
+    pipe: LatentDiffusionPipeline, request: Request, plan: Plan | None = None
+) -> tuple[Condition, Condition | None]:
+    """Return the condition and, under guidance, the unconditional one, with what stands beside the texts.
+
+    Given embeddings are taken as they are.
+    """
     if request.conditions is not None:
         return request.conditions
-
-    def condition(texts: Sequence[str] | None, embeds: Tensor | None) -> Condition:
-        cond = Condition(tokens=embeds) if embeds is not None else encode(pipe, texts or (), request.clip_skip)
-        return cond.to(pipe.device, pipe.dtype)
-
-    cond = condition(request.prompts, request.prompt_embeds)
-    uncond = condition(request.negatives, request.negative_embeds) if request.guided else None
+    cond, uncond = _encode_texts(pipe, request) if plan is None else plan.first
     if uncond is not None and uncond.slots()["tokens"].shape != cond.slots()["tokens"].shape:
         shapes = f"{tuple(cond.slots()['tokens'].shape)}, the negative prompt's {tuple(uncond.slots()['tokens'].shape)}"
         advice = "Give negative_prompt_embeds of the same shape."
         raise LdmPipeError(f"the prompt's embeddings are {shapes}", how_to_fix=advice)
+    if request.beside is not None:  # sizes stay float32: bfloat16 has no room for 1023
+        cond = cond.join(request.beside.to(pipe.device))
+    if uncond is not None and request.beside_null is not None:
+        uncond = uncond.join(request.beside_null.to(pipe.device))
     return cond, uncond
 
 
+def _encode_texts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Condition, Condition | None]:
+    if request.prompt_embeds is None:
+        cond = encode(pipe, request.prompts or (), request.clip_skip, request.prompts_2)
+    else:
+        cond = Condition(tokens=request.prompt_embeds, pooled=request.pooled_embeds)
+    cond = cond.to(pipe.device, pipe.dtype)
+    if not request.guided:
+        return cond, None
+    if request.zero_null:
+        return cond, cond.zeros()
+    if request.negative_embeds is None:  # all layers, as in diffusers
+        uncond = encode(pipe, request.negatives, None, request.negatives_2)
+    else:
+        uncond = Condition(tokens=request.negative_embeds, pooled=request.negative_pooled)
+    return cond, uncond.to(pipe.device, pipe.dtype)
+
+
 def choose_steps(request: Request) -> Steps:
-    """Return the rows of a call; a picture to start from leaves the last part of them.
+    """Return the rows of a call: the last part of them for a picture to start from, or for latents handed over.
 
     Raises: LdmPipeError if nothing is left to do.
     """
     steps = request.sampling.steps
-    return steps.from_strength(request.strength) if request.image is not None else steps
+    if request.begin is not None:
+        first = steps.num_steps - _count_below(steps, request.begin)
+        if first == steps.num_steps:
+            raise LdmPipeError("denoising_start leaves no step", how_to_fix="start earlier, or use more steps")
+        steps = steps.from_row(first)
+    elif request.image is not None or request.z0 is not None:
+        steps = steps.from_strength(request.strength)
+    if num_wanted(request, steps) == 0:
+        raise LdmPipeError("denoising_end leaves no step", how_to_fix="end later, or use more steps")
+    return steps
+
+
+def num_wanted(request: Request, steps: Steps) -> int:
+    """Return how many of the steps are taken before the latents are handed on: those from no later than that time."""
+    return steps.num_steps if request.end is None else steps.num_steps - _count_below(steps, request.end)
+
+
+def _count_below(steps: Steps, time: float) -> int:
+    """Count the steps that start later (with less noise) than a time; rows may lie 1e-6 beside whole times."""
+    return int((steps.t[:-1] < time - 1e-6).sum())
 
 
 def noise_source(request: Request) -> Draw:
@@ -91,7 +138,7 @@ def noise_source(request: Request) -> Draw:
 def start(
     pipe: LatentDiffusionPipeline, request: Request, steps: Steps, draw: Draw
 ) -> tuple[Tensor, Tensor | None, Restore | None]:
-    """Make the first x_t: noise, or a diffused picture; draws come in diffusers' order.
+    """Make the first x_t: noise, latents handed over, or a diffused picture; draws come in diffusers' order.
 
     Returns: x_t (B, C, h, w), the extra channels of an inpainting U-Net (B, 1 + C, h, w), and what puts the known part
         back after each step of any other U-Net.
@@ -103,10 +150,13 @@ def start(
         eps = draw(shape) if request.latents is None else request.latents
         return eps.to(pipe.device, torch.float32)
 
+    if request.z0 is not None:
+        z0 = request.z0.to(pipe.device, torch.float32)
+        return q_sample(z0, noise(), float(steps.alpha[0]), float(steps.sigma[0])), None, None
     if request.image is None:
-        return noise() * steps.init_scale, None, None
+        return noise() * (1.0 if request.begin is not None else steps.init_scale), None, None
     image = (request.image * 2 - 1).to(pipe.device)
-    paints = pipe.unet.config.in_channels != pipe.autoencoder.latent_channels
+    paints = pipe.paints
     fresh = request.mask is not None and request.strength == 1
 
     def encoded(picture: Tensor) -> Tensor:
@@ -157,7 +207,8 @@ def build_denoise(
     """Build (x_t, t) -> x0 of step i: the network under guidance, then thresholding; a plan knows better conditions."""
     net = Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction)
     if plan is not None:
-        denoise = plan.denoise(net, i, scale, request.guidance_rescale, Condition(spatial=cond.spatial))
+        beside = [Condition(spatial=c.spatial, labels=c.labels) for c in (cond, uncond or cond)]
+        denoise = plan.denoise(net, i, scale, request.guidance_rescale, *beside)
     elif uncond is None or scale <= 1:
         denoise = guidance.cfg(net, cond, None, 1.0)
     else:
@@ -189,7 +240,8 @@ def sample(
 ) -> Tensor:
     """Walk down the steps, from x_t to z; what changes during a call lives here, not in the pipeline."""
     view = copy.copy(pipe)
-    view.begin_call(request.guidance_scale, steps.num_steps)
+    num_steps = num_wanted(request, steps)
+    view.begin_call(request.guidance_scale, num_steps)
     denoise, step = [build_denoise(pipe, request, cond, uncond, request.guidance_scale, plan)], [-1]
 
     def rebuild(embeddings: dict[str, Any], scale: float) -> None:
@@ -207,15 +259,18 @@ def sample(
         if plan is not None and plan.changes(i + 1):
             denoise[0] = build_denoise(pipe, request, cond, uncond, view.guidance_scale, plan, i + 1)
 
+    def handed_on() -> bool:
+        return step[0] + 1 == num_steps < steps.num_steps
+
     told = (cond.tokens, uncond.tokens if uncond else None)
 
     before = pipe.num_interrupts
-    with pipe.on_device(pipe.unet), pipe.progress_bar(steps.num_steps) as bar:
+    with pipe.on_device(pipe.unet), pipe.progress_bar(num_steps) as bar:
         hook = StepHook(
             view,
             request,
             advance=advance,
-            interrupted=lambda: view.num_interrupts > 0 or pipe.num_interrupts != before,
+            interrupted=lambda: handed_on() or view.num_interrupts > 0 or pipe.num_interrupts != before,
             embeddings={"prompt_embeds": told[0], "negative_prompt_embeds": told[1]},
             rebuild=rebuild,
             restore=restore,

@@ -29,16 +29,21 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 10_000
 MAX_REFINEMENTS = 100
-IN_BOTH_DIRECTIONS = ("image", "prompt", "height", "width", "num_inference_steps", "spacing", "clip_skip")
+IN_BOTH_DIRECTIONS = (
+    "image", "prompt", "height", "width", "num_inference_steps", "spacing", "clip_skip", "prompt_2", "spatial",
+    "depth_map", "original_size", "crops_coords_top_left", "target_size", "aesthetic_score",
+)  # fmt: skip
+HAND_OVER = ("denoising_start", "denoising_end")
 NOT_IN_INVERT = (
-    "latents", "mask_image", "generator", "num_images_per_prompt", "callback_on_step_end", "prompt_syntax",
+    "latents", "mask_image", "generator", "num_images_per_prompt", "callback_on_step_end", "prompt_syntax", *HAND_OVER,
 )  # fmt: skip
 NOT_ON_A_WAY = (
     "image", "mask_image", "strength", "generator", "prompt_embeds", "negative_prompt_embeds", "num_images_per_prompt",
-    "deterministic_batch", "prompt_syntax",
+    "deterministic_batch", "prompt_syntax", *HAND_OVER,
 )  # fmt: skip
 NOT_IN_VARY = (
     "image", "mask_image", "strength", "generator", "latents", "prompt_embeds", "deterministic_batch", "prompt_syntax",
+    *HAND_OVER,
 )  # fmt: skip
 
 
@@ -160,7 +165,8 @@ def invert(pipe: LatentDiffusionPipeline, call: Mapping[str, Any], num_refinemen
     checked = {**call, "prompt": prompt, "strength": 1.0, "seed": 0, "sampler": "ddim", "output_type": "latent"}
     request = _checked(pipe, checked, NOT_IN_INVERT)
     steps = request.sampling.steps
-    assert request.image is not None
+    if request.image is None:
+        raise LdmPipeError("image holds latents", how_to_fix="give the picture to invert")
     with pipe.one_at_a_time():
         cond, uncond = drawing.encode_prompts(pipe, request)
         with pipe.on_device(pipe.autoencoder):
@@ -225,6 +231,8 @@ def _frames(ends: Request, cond: Condition, uncond: Condition | None, places: li
         prompts=None,
         negatives=("",) * len(places),
         conditions=(blend_condition(cond, places), None if uncond is None else blend_condition(uncond, places)),
+        beside=None,  # joined to the conditions already
+        beside_null=None,
         num_pictures=len(places),
         seeds=None,
         latents=None if ends.latents is None else blend(ends.latents, places),

@@ -17,6 +17,7 @@ from ldm_pipe import drawing, guidance, samplers
 from ldm_pipe.denoiser import Denoiser
 from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.request_beside import default_sizes
 from ldm_pipe.request_steps import at_resolution
 
 if TYPE_CHECKING:
@@ -41,13 +42,14 @@ def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     Returns: prompt, seed, size, and 8 evenly spread values each of the latents, the pixels, and the pixels encoded.
     """
     side = max(8, 2 ** (len(pipe.unet.config.block_out_channels) - 1))
-    channels, num_extra = (
-        pipe.autoencoder.latent_channels,
-        pipe.unet.config.in_channels - pipe.autoencoder.latent_channels,
-    )
+    channels = pipe.autoencoder.latent_channels
+    num_extra = pipe.unet.config.in_channels - channels
     prompt = getattr(pipe.text_encoders[0].tokenizer, "names", [PROMPT])[0]  # a model of classes knows no other words
     cond = drawing.encode(pipe, [prompt]).to(pipe.device, pipe.dtype)
     x = Noise([SEED])((1, channels, side, side)).to(pipe.device)
+    sizes = default_sizes(pipe, (side * pipe.factor, side * pipe.factor))
+    if sizes is not None:
+        cond = cond.join(sizes.to(pipe.device))
     if num_extra:
         cond = cond.join(Condition(spatial=x.new_zeros(1, num_extra, side, side)))
     steps = at_resolution(pipe.schedule, side * side).steps(

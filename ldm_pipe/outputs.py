@@ -19,6 +19,7 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.spacing import Spacing
 
 if TYPE_CHECKING:
+    from conditioning import Condition
     from ldm_pipe.request import Request
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -187,6 +188,7 @@ def picture_infos(request: Request, model: str, model_hash: str | None) -> list[
         "CFG scale": f"{request.guidance_scale:g}",
     }
     threshold = f"{rule.kind} {rule.space} {rule.percentile:g} {rule.max_value:g}"
+    sizes, null_sizes = _numbers(request.beside), _numbers(request.beside_null)
     further = {
         "Model hash": model_hash,
         "Model": model or None,
@@ -197,12 +199,26 @@ def picture_infos(request: Request, model: str, model_hash: str | None) -> list[
         "Thresholding": None if rule.kind == "none" else threshold + ("" if rule.cap == math.inf else f" {rule.cap:g}"),
         "Clip skip": request.clip_skip,
         "Prompt syntax": request.syntax,
-        "Denoising strength": None if request.image is None else f"{request.strength:g}",
+        "Denoising strength": None if request.image is None and request.z0 is None else f"{request.strength:g}",
+        "Sizes": sizes,
+        "Negative sizes": None if null_sizes == sizes else null_sizes,
+        "Map": None if request.beside is None or request.beside.spatial is None else "given",
+        "Handed over at": None if request.begin is None else f"{request.begin:g}",
+        "Handed on at": None if request.end is None else f"{request.end:g}",
     }
     infos = []
     for i in range(request.num_pictures):
         seed = None if request.seeds is None else request.seeds[i]
         settings = {**common, "Seed": seed, "Size": f"{request.width}x{request.height}", **further}
+        settings["Second prompt"] = request.prompts_2[i] if request.prompts_2 else None
+        settings["Second negative prompt"] = request.negatives_2[i] if request.negatives_2 else None
         told = {name: str(value) for name, value in settings.items() if value is not None}
         infos.append(PngInfo(request.prompts[i] if request.prompts else "", request.negatives[i], told))
     return infos
+
+
+def _numbers(beside: Condition | None) -> str | None:
+    """Write what SDXL is told of sizes; a call tells the same of every picture."""
+    if beside is None or beside.labels is None or beside.labels.ndim != 2:
+        return None
+    return " ".join(f"{value:g}" for value in beside.labels[0].tolist())

@@ -9,8 +9,10 @@ drawing.py.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
+from conditioning.spatial import SpatialInput
 from ldm_pipe import drawing
 from ldm_pipe.adapters import Adapters
 from ldm_pipe.editing import Editing
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
+from ldm_pipe.interop.pickles import without_pickles
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
 from ldm_pipe.placement import Placement, read_dtype
 from ldm_pipe.pretrained import LdmPipeError
@@ -45,6 +49,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         text_encoders: prompts -> tokens; several are joined along the channels.
         schedule: the noise law the U-Net was trained on.
         defaults: what the model is best drawn with.
+        spatial: the maps that the U-Net takes beside the latents.
+        zero_empty_prompt: whether embeddings of zeros stand for a negative prompt that is not given, as in SDXL.
     """
 
     def __init__(
@@ -57,12 +63,15 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         defaults: Defaults | None = None,
         name: str = "",
         model_hash: str | None = None,
+        spatial: SpatialInput | None = None,
+        zero_empty_prompt: bool = False,
     ) -> None:
         """Compose the parts; parts that do not belong together are refused."""
         self.unet, self.autoencoder, self.schedule = unet, autoencoder, schedule
         self.text_encoders = tuple(text_encoders)
         self.defaults = defaults or Defaults()
         self.name, self.model_hash = name, model_hash
+        self.spatial, self.zero_empty_prompt = spatial, zero_empty_prompt
         self._progress: dict[str, Any] = {}
         self._offload: torch.device | None = None
         self._offload_lock = threading.Lock()
@@ -75,20 +84,11 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
     @classmethod
     def from_parts(cls, parts: Parts) -> LatentDiffusionPipeline:
         """Compose what a folder holds."""
-        return cls(
-            parts.unet,
-            parts.autoencoder,
-            parts.text_encoders,
-            parts.schedule,
-            defaults=parts.defaults,
-            name=parts.name,
-            model_hash=parts.model_hash,
-        )
+        return cls(**{field.name: getattr(parts, field.name) for field in fields(parts) if field.name != "golden"})
 
     def parts(self) -> Parts:
         """Return what a folder of this pipeline would hold."""
-        named = {"name": self.name, "model_hash": self.model_hash}
-        return Parts(self.unet, self.autoencoder, self.text_encoders, self.schedule, self.defaults, **named)
+        return Parts(**{field.name: getattr(self, field.name) for field in fields(Parts) if field.name != "golden"})
 
     # Files
 
@@ -103,28 +103,34 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         use_safetensors: bool | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
+        device: str | torch.device = "cpu",
     ) -> LatentDiffusionPipeline:
         """Load the shipped model (None), a folder, a training run, or a model of the hub.
 
-        A stored golden sample is replayed (float32 only), so that a wrong part is noticed before it draws.
+        A stored golden sample is replayed (float32 on the CPU), so that a wrong part is noticed before it draws.
 
         Args:
             dtype: of all weights in memory (`torch_dtype` is the same); None is float32.
             variant: "fp16" reads the files named `*.fp16.safetensors`.
-            use_safetensors: pickled weights are never read, so False is refused.
+            use_safetensors: False takes `.bin` parts too: a process of its own, without network, turns them into
+                safetensors in a temporary folder (tensors only; code in them never runs). Else they are refused.
+            device: that the weights are read to, without a copy on the CPU.
         Raises: LdmPipeError naming file and cause.
         """
-        if use_safetensors is False:
-            raise LdmPipeError("use_safetensors=False", how_to_fix="Pickled weights can run code and are never read.")
         if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
             raise LdmPipeError(f"dtype {dtype} and torch_dtype {torch_dtype} differ", how_to_fix="Give one of them.")
         chosen = read_dtype(dtype if dtype is not None else torch_dtype)
         root = find_folder(
-            pretrained_model_name_or_path, variant=variant, local_files_only=local_files_only, revision=revision
+            pretrained_model_name_or_path,
+            variant=variant,
+            local_files_only=local_files_only,
+            revision=revision,
+            pickles=use_safetensors is False,
         )
-        parts = load_parts(root, dtype=chosen, variant=variant)
+        with without_pickles(root) if use_safetensors is False else contextlib.nullcontext(root) as safe:
+            parts = load_parts(safe, dtype=chosen, variant=variant, device=device)
         pipe = cls.from_parts(parts)
-        if parts.golden is not None and chosen == torch.float32:
+        if parts.golden is not None and chosen == torch.float32 and pipe.device.type == "cpu":
             from ldm_pipe.golden import check_golden
 
             check_golden(pipe, parts.golden, str(root))
@@ -154,6 +160,11 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         save_pipeline(
             self, Path(save_directory), variant=variant, dtype=read_dtype(dtype) if dtype else self.dtype, card=card
         )
+
+    @property
+    def paints(self) -> bool:
+        """Return whether the U-Net reads the known part of a picture, as inpainting models do."""
+        return self.spatial is None and self.unet.config.in_channels == 2 * self.autoencoder.latent_channels + 1
 
     # Which noise law and sampler
 
@@ -234,6 +245,22 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         image: Any = None,
         strength: float | None = None,
         mask_image: Any = None,
+        spatial: Any = None,
+        depth_map: Tensor | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         prompt_syntax: str | Mapping[str, Any] = "plain",
         deterministic_batch: bool = False,
         return_latents: bool = False,
@@ -259,6 +286,14 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
             image, strength: start from a diffused picture (SDEdit, arXiv:2108.01073); strength 0.8, with a mask 1.0.
             mask_image: paint only where it is white; elsewhere the pixels of `image` come back unchanged.
             callback_on_step_end: called as (pipe, i, t, tensors) after each step; returns the tensors.
+            spatial: maps for a model that was trained with them, in [0, 1], of the picture's size; None: no map.
+            depth_map: for a depth model, (B, H, W) of any unit; the estimator that makes it is not part of ours.
+            prompt_2, negative_prompt_2: for the second text encoder and later ones; None: the same as for the first.
+            original_size, crops_coords_top_left, target_size, and negative_*: what SDXL is told of heights and widths;
+                None: the size drawn, (0, 0); see docs/models.md.
+            aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told instead of target_size; 6 and 2.5.
+            denoising_end: stop at this share of the way; with output_type="latent" another model goes on from there.
+            denoising_start: go on from `latents` (or `image`, if these are latents) of a model that stopped there.
             prompt_syntax: "weighted" reads `(red:1.3)`, `AND`, `[from:to:when]`, `BREAK` (docs/conditioning.md).
             deterministic_batch: draw one by one, so that a picture has the same bits in any batch.
             return_latents: also return what the pictures were decoded from.
@@ -298,7 +333,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         try:
             steps = drawing.choose_steps(request)
             plan = plan_prompts(self, request, steps.num_steps)
-            cond, uncond = drawing.encode_prompts(self, request) if plan is None else plan.first
+            cond, uncond = drawing.encode_prompts(self, request, plan)
             noise = drawing.noise_source(request)
             x, spatial, restore = drawing.start(self, request, steps, noise)
             if spatial is not None:
@@ -315,15 +350,24 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
             return self.autoencoder.decode(z.to(self.autoencoder.dtype))
 
     def encode_prompt(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] = "", *, clip_skip: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Encode prompts for `prompt_embeds` and `negative_prompt_embeds`: two tensors (B, L, D)."""
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Encode prompts for `prompt_embeds` and `negative_prompt_embeds`: two tensors (B, L, D).
+
+        Where the model reads pooled vectors, `pooled_prompt_embeds` and `negative_pooled_prompt_embeds` follow, (B, P).
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        negative = negative_prompt or ""
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         for text in (*prompts, *negatives):
             check_text("prompt", text)
         with torch.no_grad():
-            tokens = [drawing.encode(self, texts, clip_skip).tokens for texts in (prompts, negatives)]
-        assert tokens[0] is not None
-        assert tokens[1] is not None
-        return tokens[0], tokens[1]
+            cond = drawing.encode(self, prompts, clip_skip)
+            is_zero = negative_prompt is None and self.zero_empty_prompt
+            uncond = cond.zeros() if is_zero else drawing.encode(self, negatives)
+        pairs = ((cond.tokens, uncond.tokens), (cond.pooled, uncond.pooled))
+        return tuple(value for pair in pairs for value in pair if value is not None)

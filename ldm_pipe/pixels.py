@@ -66,6 +66,25 @@ def load_masks(value: Any, size: tuple[int, int] | None = None) -> Tensor:
     return (_load("mask_image", value, 1, from_pil, size) >= 0.5).float()
 
 
+def load_maps(value: Any, channels: int) -> Tensor:
+    """Read the user's maps: pictures in grey (1 channel) or colour (3), arrays (H, W, K), tensors (K, H, W).
+
+    Returns: (B, channels, H, W) in [0, 1], float32.
+    """
+    import numpy as np
+
+    from ldm_pipe.data.images import open_image
+
+    def from_pil(image: Image | str | Path) -> Tensor:
+        if channels not in (1, 3):
+            raise LdmPipeError("spatial is a picture", how_to_fix=f"this model takes tensors ({channels}, H, W)")
+        picture = open_image(image).convert("L" if channels == 1 else "RGB")
+        array = np.array(picture, dtype=np.float32).reshape(picture.height, picture.width, channels)
+        return torch.from_numpy(array / 255).permute(2, 0, 1)[None]  # (1, K, H, W)
+
+    return _load("spatial", value, channels, from_pil, None)
+
+
 def _load(
     name: str, value: Any, channels: int, from_pil: Callable[..., Tensor], size: tuple[int, int] | None
 ) -> Tensor:
@@ -108,7 +127,8 @@ def _from_array(name: str, value: Any, channels: int) -> Tensor:
     else:
         raise LdmPipeError(f"{name} is a {type(value).__name__}", how_to_fix=f"give {IMAGE_KINDS}")
     if tensor.ndim != 4 or tensor.shape[1] != channels or 0 in tensor.shape:
-        raise LdmPipeError(f"{name}: shape {tuple(value.shape)}", how_to_fix=f"give {IMAGE_KINDS}")
+        kinds = IMAGE_KINDS.replace("3", str(channels))
+        raise LdmPipeError(f"{name}: shape {tuple(value.shape)}", how_to_fix=f"give {kinds}")
     scaled = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
     if not bool(torch.isfinite(scaled).all()) or scaled.min() < 0 or scaled.max() > 1:
         what = f"{name}: values from {scaled.min():g} to {scaled.max():g}"

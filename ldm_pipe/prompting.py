@@ -81,15 +81,18 @@ class Plan:
         schedules = [self.cond, *([self.uncond] if self.uncond else [])]
         return any(stage.first == i for schedule in schedules for stage in schedule.stages)
 
-    def denoise(self, net: Denoiser, i: int, scale: float, rescale: float, beside: Condition) -> Denoise:
+    def denoise(
+        self, net: Denoiser, i: int, scale: float, rescale: float, beside: Condition, beside_null: Condition
+    ) -> Denoise:
         """Build the guided network of step i; up to a scale of 1 branches still add up, without guidance beyond.
 
         Args:
-            beside: what is joined to every condition, such as the known part of a picture.
+            beside: what is joined to every condition, such as sizes and the known part of a picture.
+            beside_null: and to the unconditional one.
         """
         stage = self.cond.at(i)
         conds = [condition.join(beside) for condition in stage.conditions]
-        uncond = None if self.uncond is None else self.uncond.at(i).conditions[0].join(beside)
+        uncond = None if self.uncond is None else self.uncond.at(i).conditions[0].join(beside_null)
         if not stage.is_plain:
             assert uncond is not None
             rescale = rescale if scale > 1 else 0.0
@@ -108,18 +111,20 @@ def plan_prompts(pipe: LatentDiffusionPipeline, request: Request, num_steps: int
     if syntax is None or request.prompts is None:
         return None
 
-    def encoded(texts: Sequence[str], *, negative: bool) -> PromptSchedule:
+    def encoded(texts: Sequence[str], clip_skip: int | None, *, negative: bool) -> PromptSchedule:
         with contextlib.ExitStack() as stack:
             for encoder in pipe.text_encoders:
                 stack.enter_context(pipe.on_device(encoder))
             schedule = encode_weighted(
-                pipe.text_encoders, texts, num_steps=num_steps, clip_skip=request.clip_skip, emphasis=syntax.emphasis,
+                pipe.text_encoders, texts, num_steps=num_steps, clip_skip=clip_skip, emphasis=syntax.emphasis,
                 brackets=syntax.brackets, negative=negative,
             )  # fmt: skip
         return schedule.map(lambda condition: condition.to(pipe.device, pipe.dtype))
 
-    cond = encoded(request.prompts, negative=False)
+    cond = encoded(request.prompts, request.clip_skip, negative=False)
     needed = request.guided or not all(stage.is_plain for stage in cond.stages)
-    uncond = encoded(request.negatives, negative=True) if needed else None
+    uncond = encoded(request.negatives, None, negative=True) if needed else None
+    if uncond is not None and request.zero_null:
+        uncond = uncond.map(Condition.zeros)
     length = max(schedule.num_tokens for schedule in (cond, uncond) if schedule is not None)
     return Plan(cond.map(lambda c: c.pad(length)), uncond and uncond.map(lambda c: c.pad(length)))

@@ -30,8 +30,10 @@ from ldm_pipe.outputs import (
 )
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.prompting import PromptSyntax
-from ldm_pipe.request_prompts import check_embeds, check_negatives, check_prompts
-from ldm_pipe.request_steps import Sampling, check_sampling
+from ldm_pipe.request_beside import check_beside
+from ldm_pipe.request_pictures import check_latent_image, check_pictures
+from ldm_pipe.request_prompts import check_embeds, check_negatives, check_pooled, check_prompts, check_second
+from ldm_pipe.request_steps import Sampling, check_hand_over, check_sampling
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler
 
 if TYPE_CHECKING:
@@ -71,6 +73,16 @@ class Request:
     source: Callable[[], Draw] | None = None  # starts the noise of the call anew, where seeds do not say it all
     conditions: tuple[Condition, Condition | None] | None = None  # in place of texts and embeddings
     syntax: PromptSyntax | None = None  # None: prompts are plain
+    prompts_2: tuple[str, ...] | None = None  # for the second text encoder and those after it; None: the same
+    negatives_2: tuple[str, ...] | None = None
+    pooled_embeds: Tensor | None = None
+    negative_pooled: Tensor | None = None
+    zero_null: bool = False  # embeddings of zeros stand for the negative prompt
+    beside: Condition | None = None  # sizes and maps, a row per picture, joined to the prompts' conditions
+    beside_null: Condition | None = None  # and to those of the negative prompts
+    z0: Tensor | None = None  # latents in place of `image`
+    begin: float | None = None  # time at which `latents` were handed over
+    end: float | None = None  # time at which they are handed on
 
     @property
     def guided(self) -> bool:
@@ -93,9 +105,24 @@ class Request:
             "latents",
             "image",
             "mask",
+            "prompts_2",
+            "negatives_2",
+            "pooled_embeds",
+            "negative_pooled",
+            "z0",
         )
+
+        def beside(condition: Condition | None, i: int) -> Condition | None:
+            return None if condition is None else condition.select([i])
+
         return [
-            replace(self, num_pictures=1, **{name: row(getattr(self, name), i) for name in names})
+            replace(
+                self,
+                num_pictures=1,
+                beside=beside(self.beside, i),
+                beside_null=beside(self.beside_null, i),
+                **{name: row(getattr(self, name), i) for name in names},
+            )
             for i in range(self.num_pictures)
         ]
 
@@ -110,23 +137,23 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     count = num_prompts * per_prompt
     whole_number("the number of pictures", count, 1, MAX_PICTURES)
     scale, rescale = _check_guidance(pipe, given)
-    negatives = check_negatives(given, num_prompts, guided=scale > 1)
-    embeds = check_embeds(pipe, given, num_prompts, scale > 1)
-    image, mask, strength = _check_pictures(pipe, given, count, num_prompts)
-    height, width = _check_size(pipe, given, image)
+    texts = _check_texts(pipe, given, prompts, num_prompts, per_prompt, guided=scale > 1)
+    begin, end = check_hand_over(pipe.schedule, given)
+    given, z0 = check_latent_image(pipe, given, count, num_prompts, handed_over=begin is not None)
+    image, mask, strength = check_pictures(pipe, given, count, num_prompts, z0)
+    height, width = _check_size(pipe, given, image if z0 is None else None, given["latents"] if z0 is None else z0)
     whole_number("pictures x height x width", count * height * width, 1, MAX_PIXELS)
     num_steps = _model_default(given["num_inference_steps"], pipe.defaults.num_inference_steps)
     sampling = check_sampling(pipe, given, num_steps, (height // pipe.factor) * (width // pipe.factor))
     seeds, generators = _check_randomness(given["seed"], given["generator"], count)
-    syntax = PromptSyntax.read(given["prompt_syntax"])
-    if syntax is not None:
-        syntax.check(prompts or (), negatives)
+    beside, beside_null = check_beside(pipe, given, count, num_prompts, (height, width))
     return Request(
-        syntax=syntax,
-        prompts=_spread(prompts, per_prompt),
-        negatives=_spread(negatives, per_prompt),
-        prompt_embeds=None if embeds[0] is None else embeds[0].repeat_interleave(per_prompt, dim=0),
-        negative_embeds=None if embeds[1] is None else embeds[1].repeat_interleave(per_prompt, dim=0),
+        **texts,
+        beside=beside,
+        beside_null=beside_null,
+        z0=_check_latents(pipe, z0, count, height, width, "image"),
+        begin=begin,
+        end=end,
         num_pictures=count,
         height=height,
         width=width,
@@ -148,6 +175,41 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     )
 
 
+def _check_texts(
+    pipe: LatentDiffusionPipeline,
+    given: Mapping[str, Any],
+    prompts: tuple[str, ...] | None,
+    num_prompts: int,
+    per_prompt: int,
+    *,
+    guided: bool,
+) -> dict[str, Any]:
+    """Settle every field of a Request that holds a text or embeddings, a row per picture."""
+    negatives = check_negatives(given, num_prompts, guided=guided)
+    embeds = check_embeds(pipe, given, num_prompts, guided)
+    second = check_second(pipe, given, num_prompts, guided=guided)
+    pooled = check_pooled(pipe, given, num_prompts)
+    syntax = PromptSyntax.read(given["prompt_syntax"])
+    if syntax is not None:
+        syntax.check(prompts or (), negatives)
+        if second != (None, None):
+            advice = 'write one prompt for all text encoders, or prompt_syntax="plain"'
+            raise LdmPipeError("prompt_2 or negative_prompt_2 with a prompt_syntax", how_to_fix=advice)
+    unsaid = all(given[name] is None for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_embeds"))
+    return {
+        "syntax": syntax,
+        "prompts": _spread(prompts, per_prompt),
+        "negatives": _spread(negatives, per_prompt),
+        "prompts_2": _spread(second[0], per_prompt),
+        "negatives_2": _spread(second[1], per_prompt),
+        "prompt_embeds": _repeat_rows(embeds[0], per_prompt),
+        "negative_embeds": _repeat_rows(embeds[1], per_prompt),
+        "pooled_embeds": _repeat_rows(pooled[0], per_prompt),
+        "negative_pooled": _repeat_rows(pooled[1], per_prompt),
+        "zero_null": pipe.zero_empty_prompt and unsaid,
+    }
+
+
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -160,6 +222,10 @@ def _model_default(value: Any, default: Any) -> Any:
 
 def _spread(texts: tuple[str, ...] | None, times: int) -> Any:
     return None if texts is None else tuple(text for text in texts for _ in range(times))
+
+
+def _repeat_rows(rows: Tensor | None, times: int) -> Tensor | None:
+    return None if rows is None else rows.repeat_interleave(times, dim=0)
 
 
 def _check_guidance(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> tuple[float, float]:
@@ -180,9 +246,11 @@ def nearest_sizes(size: int, factor: int) -> str:
     return f"{low} or {low + factor}" if low else str(factor)
 
 
-def _check_size(pipe: LatentDiffusionPipeline, given: Mapping[str, Any], image: Tensor | None) -> tuple[int, int]:
+def _check_size(
+    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], image: Tensor | None, latents: Any
+) -> tuple[int, int]:
     """Settle height and width: as given, else those of the picture or the latents, else the model's."""
-    factor, latents = pipe.factor, given["latents"]
+    factor = pipe.factor
     if image is not None:
         inherited = (image.shape[2], image.shape[3])
     elif isinstance(latents, Tensor) and latents.ndim == 4:
@@ -199,63 +267,17 @@ def _check_size(pipe: LatentDiffusionPipeline, given: Mapping[str, Any], image: 
     return sides[0], sides[1]
 
 
-def _check_pictures(
-    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], count: int, num_prompts: int
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """Read `image` and `mask_image` and repeat them for every picture to draw."""
-    from ldm_pipe.pixels import load_images, load_masks
-
-    inpainting = given["mask_image"] is not None
-    strength = real_number("strength", _default(given["strength"], 1.0 if inpainting else 0.8), 0.0, 1.0)
-    if not inpainting and pipe.unet.config.in_channels != pipe.autoencoder.latent_channels:
-        what = f"the U-Net takes {pipe.unet.config.in_channels} channels: it paints into pictures"
-        raise LdmPipeError(what, how_to_fix="give image and mask_image")
-    if given["image"] is None:
-        if inpainting:
-            raise LdmPipeError("mask_image without image", how_to_fix="give the picture to paint into as image")
-        if given["strength"] is not None:
-            warn_ignored("strength", "it needs an image")
-        return None, None, 1.0
-    size = None
-    if given["height"] is not None or given["width"] is not None:
-        default = pipe.default_size
-        size = (
-            whole_number("height", _default(given["height"], default[0]), 1, MAX_SIDE),
-            whole_number("width", _default(given["width"], default[1]), 1, MAX_SIDE),
-        )
-    image = _repeat("image", load_images(given["image"], size), count, num_prompts)
-    if given["latents"] is not None and not inpainting:
-        raise LdmPipeError(
-            "both of image and latents given", how_to_fix="give one of them: image starts from its own latents"
-        )
-    if not inpainting:
-        return image, None, strength
-    mask = _repeat("mask_image", load_masks(given["mask_image"], size), count, num_prompts)
-    if mask.shape[2:] != image.shape[2:]:
-        sizes = f"mask_image is {mask.shape[3]}x{mask.shape[2]}, image {image.shape[3]}x{image.shape[2]}"
-        raise LdmPipeError(sizes, how_to_fix="give the same size, or height and width")
-    return image, mask, strength
-
-
-def _repeat(name: str, batch: Tensor, count: int, num_prompts: int) -> Tensor:
-    """Repeat one picture for all, or one per prompt for each of its pictures."""
-    if batch.shape[0] == count:
-        return batch
-    if batch.shape[0] not in (1, num_prompts):
-        what = f"{batch.shape[0]} pictures in {name} for {num_prompts} prompts"
-        raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
-    return batch.repeat_interleave(count // batch.shape[0], dim=0)
-
-
-def _check_latents(pipe: LatentDiffusionPipeline, latents: Any, count: int, height: int, width: int) -> Tensor | None:
+def _check_latents(
+    pipe: LatentDiffusionPipeline, latents: Any, count: int, height: int, width: int, name: str = "latents"
+) -> Tensor | None:
     if latents is None:
         return None
     wanted = (count, pipe.autoencoder.latent_channels, height // pipe.factor, width // pipe.factor)
     if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != wanted:
         shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        raise LdmPipeError(f"latents is {shape}", how_to_fix=f"give a float tensor {wanted}")
+        raise LdmPipeError(f"{name} is {shape}", how_to_fix=f"give a float tensor {wanted}")
     if not bool(torch.isfinite(latents).all()):
-        raise LdmPipeError("latents holds NaN or infinity", how_to_fix="give unit Gaussian noise")
+        raise LdmPipeError(f"{name} holds NaN or infinity", how_to_fix="give finite numbers")
     return latents
 
 

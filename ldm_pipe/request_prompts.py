@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm_pipe.interop.index import num_numbers
 from ldm_pipe.outputs import warn_ignored
 from ldm_pipe.pretrained import LdmPipeError
 
@@ -75,6 +76,58 @@ def check_negatives(given: Mapping[str, Any], num_prompts: int, *, guided: bool)
     if any(checked) and not guided:
         warn_ignored("negative_prompt", "it needs a guidance_scale above 1")
     return checked
+
+
+def check_second(
+    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], num_prompts: int, *, guided: bool
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Check the texts for the second text encoder and those after it; without any they read what the first reads."""
+    found: list[tuple[str, ...] | None] = []
+    for name, beside in (("prompt_2", "prompt_embeds"), ("negative_prompt_2", "negative_prompt_embeds")):
+        value = given[name]
+        if value is None:
+            found.append(None)
+            continue
+        if len(pipe.text_encoders) < 2:
+            what = f"{name} is given, but this model has {len(pipe.text_encoders)} text encoder"
+            raise LdmPipeError(what, how_to_fix=f"leave {name} out")
+        if given[beside] is not None:
+            raise LdmPipeError(f"both of {name} and {beside} given", how_to_fix="give one of them")
+        texts = [value] * num_prompts if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or len(texts) != num_prompts:
+            what = f"{name} is {value!r:.80} for {num_prompts} prompts"
+            raise LdmPipeError(what, how_to_fix="give one text for all, or a list of one for each")
+        found.append(tuple(check_text(f"{name} {i}", text) for i, text in enumerate(texts)))
+    if found[1] is not None and any(found[1]) and not guided:
+        warn_ignored("negative_prompt_2", "it needs a guidance_scale above 1")
+    return found[0], found[1]
+
+
+def check_pooled(
+    pipe: LatentDiffusionPipeline, given: Mapping[str, Any], num_prompts: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check the pooled vectors that go with precomputed embeddings, where the U-Net reads one."""
+    spec = pipe.unet.spec.embedding
+    width = spec.vector_dim - num_numbers(pipe.unet, pipe.text_encoders) * spec.number_dim
+    pairs = (
+        ("pooled_prompt_embeds", "prompt_embeds"),
+        ("negative_pooled_prompt_embeds", "negative_prompt_embeds"),
+    )
+    for name, beside in pairs:
+        value = given[name]
+        if value is not None and not spec.number_dim:
+            raise LdmPipeError(f"{name} is given, but this model reads no pooled vector", how_to_fix="leave it out")
+        if spec.number_dim and (value is None) != (given[beside] is None):
+            lacking, there = (name, beside) if value is None else (beside, name)
+            raise LdmPipeError(f"{there} without {lacking}", how_to_fix="give both, from the same text encoders")
+        if value is None:
+            continue
+        fits = isinstance(value, Tensor) and value.is_floating_point() and tuple(value.shape) == (num_prompts, width)
+        if not fits or not bool(torch.isfinite(value).all()):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            advice = f"give finite floats ({num_prompts}, {width})"
+            raise LdmPipeError(f"{name} is {shape}", how_to_fix=advice)
+    return given["pooled_prompt_embeds"], given["negative_pooled_prompt_embeds"]
 
 
 def check_embeds(

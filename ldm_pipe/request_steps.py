@@ -95,6 +95,30 @@ def check_sampling(
     return Sampling(sampler.name, sampler.function, steps, spacing, eta, options)
 
 
+def check_hand_over(law: Law, given: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Check where a call takes latents over from another model, and where it hands them on.
+
+    Returns: the time from which on its steps are taken, all earlier (noisier) ones having been another's, and the time
+        to which they are taken; None for the ends. A share s of the way is time round(N - s N) of N, as in diffusers.
+    """
+    found: list[float | None] = []
+    for name in ("denoising_start", "denoising_end"):
+        if given[name] is None:
+            found.append(None)
+            continue
+        share = real_number(name, given[name], 0.0, 1.0)
+        if share in (0, 1):
+            raise LdmPipeError(f"{name} is {share:g}", how_to_fix="use a number between 0 and 1, or leave it out")
+        if not isinstance(law, NoiseSchedule):
+            raise LdmPipeError(f"{name} with a continuous noise law", how_to_fix="a hand-over needs counted times")
+        found.append(float(round(law.num_train_timesteps - share * law.num_train_timesteps)))
+    begin, end = found
+    if begin is not None and end is not None and begin <= end:
+        what = f"denoising_start {given['denoising_start']} is not before denoising_end {given['denoising_end']}"
+        raise LdmPipeError(what, how_to_fix="start earlier or end later")
+    return begin, end
+
+
 def at_resolution(law: Law, num_tokens: int) -> Law:
     """Return the law for a picture of so many latents: some flow laws shift their times by it."""
     if getattr(law, "resolution", None) is None:

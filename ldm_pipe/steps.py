@@ -98,7 +98,10 @@ class Steps:
                 f"strength {strength} of {self.num_steps} steps leaves nothing to do",
                 how_to_fix=f"use {math.ceil(1 / strength)} steps or a strength of {1 / self.num_steps:g} at least",
             )
-        i = self.num_steps - kept
+        return self.from_row(self.num_steps - kept)
+
+    def from_row(self, i: int) -> Steps:
+        """Return the rows from the i-th on, for a walk that begins in the middle."""
         return replace(
             self,
             t=self.t[i:],

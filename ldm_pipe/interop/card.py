@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from autoencoder import VQModel
+from ldm_pipe.interop.index import OWN, pipeline_class
 
 if TYPE_CHECKING:
     from ldm_pipe.interop.folder import Parts
@@ -27,12 +27,13 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
     counts = {
         "U-Net": parts.unet,
         "autoencoder": parts.autoencoder,
-        "text encoder": parts.text_encoders[0],
+        **{f"text encoder{f' {i + 1}' if i else ''}": net for i, net in enumerate(parts.text_encoders)},
     }
     sizes = [f"- {part}: {sum(p.numel() for p in net.parameters()):,} parameters" for part, net in counts.items()]
     vae = parts.autoencoder
     law = getattr(parts.schedule, "beta_schedule", type(parts.schedule).__name__)
-    theirs = "LDMTextToImagePipeline" if isinstance(vae, VQModel) else "StableDiffusionPipeline"
+    theirs = pipeline_class(parts)
+    diffusers = "" if theirs == OWN else f"  # or: from diffusers import {theirs}"
     defaults = [f"- {key}: {_safe(value)}" for key, value in parts.defaults.to_json().items()]
     return "\n".join(
         [
@@ -46,7 +47,7 @@ def model_card(parts: Parts, *, name: str, sampler: str, dtype: str, facts: Mapp
             "",
             "## Use",
             "```python",
-            f"from ldm_pipe import LatentDiffusionPipeline  # or: from diffusers import {theirs}",
+            f"from ldm_pipe import LatentDiffusionPipeline{diffusers}",
             "",
             'pipe = LatentDiffusionPipeline.from_pretrained("this folder")',
             'pipe("a prompt", seed=0).images[0].save("picture.png")',

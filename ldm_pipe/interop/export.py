@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from autoencoder import VQModel
+from conditioning import CLIPTextEncoder
 from ldm_pipe import samplers
 from ldm_pipe.interop.folder import find_folder, foldable, load_parts
+from ldm_pipe.interop.index import DEPTH, LDM, OWN, SD_PIPELINES, XL, XL_PIPELINES, XL_REFINER, pipeline_class
 from ldm_pipe.interop.save import save_pipeline
 from ldm_pipe.outputs import one_of
 from ldm_pipe.pipeline import LatentDiffusionPipeline
@@ -47,24 +48,22 @@ class ExportReport:
 
 
 def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[str, ...]:
-    """Refuse what a StableDiffusionPipeline folder cannot say; name the defaults that only `ldm_pipe.json` keeps.
+    """Refuse what no pipeline of diffusers can say; name the defaults that only `ldm_pipe.json` keeps.
 
     Returns: notes, in whole sentences.
     Raises: LdmPipeError with the reason.
     """
     where = "export to diffusers"
-    if len(pipe.text_encoders) != 1:
-        raise LdmPipeError(f"{len(pipe.text_encoders)} text encoders", where, "A StableDiffusionPipeline has one.")
-    kind = type(pipe.text_encoders[0]).__name__
-    if kind != "CLIPTextEncoder":
-        raise LdmPipeError(f"the text encoder is a {kind}", where, "diffusers' StableDiffusionPipeline reads CLIP's.")
+    kind = pipeline_class(pipe.parts())
+    if kind == OWN:
+        raise LdmPipeError(_what_is_own(pipe), where, "No pipeline of diffusers draws with it as we do.")
     if pipe.schedule.prediction not in ("eps", "x0", "v"):
         what = f"prediction {pipe.schedule.prediction!r} with this noise law"
         raise LdmPipeError(what, where, "diffusers' samplers know epsilon, sample and v_prediction.")
     if pipe.unet.config.out_channels != pipe.autoencoder.latent_channels:
         what = f"the U-Net gives {pipe.unet.config.out_channels} channels: it learnt the variance of the steps"
         raise LdmPipeError(what, where, "diffusers' StableDiffusionPipeline has no use for it; draw with ldm-pipe.")
-    if isinstance(pipe.autoencoder, VQModel):
+    if kind == LDM:
         _check_ldm(pipe, sampler)
     foldable(pipe.autoencoder)
     pipe.schedule.to_config(sampler)
@@ -72,8 +71,9 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     rule = defaults.thresholding
     if rule is not None and rule.kind != "none":
         notes.append(f"{rule.kind} thresholding in {rule.space} space is a default that diffusers does not apply.")
-    if defaults.guidance_scale is not None and defaults.guidance_scale != 7.5:
-        notes.append(f"Pass guidance_scale={defaults.guidance_scale:g} in diffusers; its default is 7.5.")
+    theirs = 5.0 if kind in (XL, XL_REFINER) else 7.5
+    if defaults.guidance_scale is not None and defaults.guidance_scale != theirs:
+        notes.append(f"Pass guidance_scale={defaults.guidance_scale:g} in diffusers; its default is {theirs:g}.")
     if defaults.guidance_rescale:
         notes.append(f"Pass guidance_rescale={defaults.guidance_rescale:g} in diffusers; its default is 0.")
     if defaults.num_inference_steps is not None and defaults.num_inference_steps != 50:
@@ -85,14 +85,25 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     return tuple(notes)
 
 
+def _what_is_own(pipe: LatentDiffusionPipeline) -> str:
+    """Name what makes a model one of ours alone."""
+    if pipe.spatial is not None:
+        return f"the U-Net takes {pipe.spatial.channels} channels of maps"
+    others = [type(e).__name__ for e in pipe.text_encoders if not isinstance(e, CLIPTextEncoder)]
+    if others:
+        return f"the text encoder is a {others[0]}"
+    readings = "; ".join(str(encoder.reading) for encoder in pipe.text_encoders)
+    return f"{len(pipe.text_encoders)} text encoders, read so: {readings}"
+
+
 def _check_ldm(pipe: LatentDiffusionPipeline, sampler: str) -> None:
-    """Refuse what an LDMTextToImagePipeline, the one of diffusers that draws from prompts with a VQModel, cannot do."""
-    where = "export to diffusers with a VQ autoencoder"
+    """Refuse what an LDMTextToImagePipeline cannot do, the one of diffusers for a VQModel or LDM's own transformer."""
+    where = "export to diffusers as an LDMTextToImagePipeline"
     length = pipe.text_encoders[0].config.get("max_position_embeddings")
     if length != LDM_LENGTH:
         fix = f"diffusers pads prompts to {LDM_LENGTH} tokens there; train with a text encoder of that length."
         raise LdmPipeError(f"the text encoder reads {length} tokens", where, fix)
-    if pipe.unet.config.in_channels != pipe.autoencoder.latent_channels:
+    if pipe.paints:
         raise LdmPipeError("an inpainting U-Net", where, "diffusers has no such pipeline.")
     if samplers.get(sampler).grid == "fractional":
         raise LdmPipeError(f"sampler {sampler!r}", where, "diffusers scales no latents there: use ddim or dpmpp_2m.")
@@ -167,23 +178,41 @@ def compare_with_diffusers(
         ) from None
     ours = LatentDiffusionPipeline.from_pretrained(folder, variant=variant)
     ours.set_progress_bar_config(disable=True)
-    is_ldm = isinstance(ours.autoencoder, VQModel)
+    kind = pipeline_class(ours.parts())
+    is_ldm = kind == LDM
     with _listening() as said:
         try:
             load = diffusers.DiffusionPipeline.from_pretrained
-            options = {} if is_ldm else {"safety_checker": None}
+            options: dict[str, Any] = {"safety_checker": None} if kind in SD_PIPELINES else {}
+            options = {"depth_estimator": None, "feature_extractor": None} if kind == DEPTH else options
             theirs = load(str(folder), variant=variant, local_files_only=True, **options)
         except Exception as error:  # whatever diffusers raises, the export is not good
             raise LdmPipeError(f"diffusers cannot load it: {error}", str(folder)) from error
     theirs.set_progress_bar_config(disable=True)
+    if kind in XL_PIPELINES:
+        theirs.watermark = None  # ours has none
     written = dict(ours.schedule.config)
     rewritten = [key for key, value in written.items() if theirs.scheduler.config.get(key, value) != value]
     if rewritten:
         raise LdmPipeError(
             f"diffusers rewrites {rewritten} of the scheduler on loading", str(folder), "Please report it."
         )
-    height, width = ours.default_size
-    shape = (1, ours.autoencoder.latent_channels, height // ours.factor, width // ours.factor)
+    call, shape = _call(ours, kind, num_steps, scale)
+    settings: dict[str, Any] = {"thresholding": "none", "guidance_rescale": 0.0}
+    ours.defaults = replace(ours.defaults, spacing=None)  # the times of the scheduler's file, as diffusers has them
+    mine = ours(**call, **settings, generator=torch.Generator().manual_seed(1)).images
+    if is_ldm:  # it divides the size by 8 whatever the factor is
+        call |= {"height": 8 * shape[2], "width": 8 * shape[3]}
+    other = theirs(**call, generator=torch.Generator().manual_seed(1)).images
+    return float((mine.float() - other.float()).abs().max()), tuple(dict.fromkeys(said))
+
+
+def _call(
+    pipe: LatentDiffusionPipeline, kind: str, num_steps: int, scale: float
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Return a call that both understand, and the shape of its latents."""
+    height, width = pipe.default_size
+    shape = (1, pipe.autoencoder.latent_channels, height // pipe.factor, width // pipe.factor)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     call: dict[str, Any] = {
         "prompt": CHECK_PROMPT,
@@ -194,15 +223,15 @@ def compare_with_diffusers(
         "guidance_scale": scale,
         "output_type": "pt",
     }
-    if ours.unet.config.in_channels != ours.autoencoder.latent_channels:
-        call |= {"image": torch.zeros(1, 3, height, width) + 0.5, "mask_image": torch.ones(1, 1, height, width)}
-    settings: dict[str, Any] = {"thresholding": "none", "guidance_rescale": 0.0}
-    ours.defaults = replace(ours.defaults, spacing=None)  # the times of the scheduler's file, as diffusers has them
-    mine = ours(**call, **settings, generator=torch.Generator().manual_seed(1)).images
-    if is_ldm:  # it divides the size by 8 whatever the factor is
-        call |= {"height": 8 * shape[2], "width": 8 * shape[3]}
-    other = theirs(**call, generator=torch.Generator().manual_seed(1)).images
-    return float((mine.float() - other.float()).abs().max()), tuple(dict.fromkeys(said))
+    grey = torch.zeros(1, 3, height, width) + 0.5
+    if pipe.paints:
+        call |= {"image": grey, "mask_image": torch.ones(1, 1, height, width), "strength": 1.0}
+    if kind in (XL_REFINER, DEPTH):  # which start from pictures only
+        call = {name: value for name, value in call.items() if name not in ("latents", "height", "width")}
+        call |= {"image": grey, "strength": 0.8}
+    if kind == DEPTH:
+        call["depth_map"] = torch.linspace(0, 1, width).expand(1, height, width)
+    return call, shape
 
 
 @contextlib.contextmanager

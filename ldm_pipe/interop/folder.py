@@ -3,8 +3,8 @@
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  ldm_pipe.json  README.md
 
 diffusers reads such a folder as a StableDiffusionPipeline and ignores `ldm_pipe.json`, which keeps what diffusers has
-no place for. With a VQ autoencoder it is an LDMTextToImagePipeline, and two parts are called `vqvae/` and `bert/`.
-Class names are looked up in the fixed lists below; nothing in a folder can name code to run.
+no place for. index.py holds the other kinds: with a VQ autoencoder it is an LDMTextToImagePipeline, and two parts are
+called `vqvae/` and `bert/`; SDXL has `text_encoder_2/` and `tokenizer_2/`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,29 @@ from typing import Any
 
 import torch
 
-from autoencoder import Autoencoder, AutoencoderKL, VQModel, load_autoencoder
-from conditioning import AnyTextEncoder, CLIPTextEncoder, ClipTokenizer, load_text_encoder
+from autoencoder import Autoencoder, AutoencoderKL, load_autoencoder
+from conditioning import AnyTextEncoder, CLIPTextEncoder, load_text_encoder
+from conditioning.spatial import SpatialInput
+from conditioning.text import SDXL, SDXL_2
 from ldm_pipe import law_file, samplers, schedule_config
+from ldm_pipe.interop.index import (
+    DEPTH,
+    LDM_NAMES,
+    NUMBERS_SCORE,
+    OWN,
+    SECOND,
+    XL_FLAGS,
+    XL_PIPELINES,
+    check_index,
+    encoder_folders,
+    folders_of,
+    num_numbers,
+    part_names,
+    tokenizer_folder,
+    write_index,
+)
 from ldm_pipe.outputs import Defaults
-from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json, resolve_folder
+from ldm_pipe.pretrained import LdmPipeError, atomic_write, check_links, read_json, resolve_folder
 from ldm_pipe.schedule import Law
 from ldm_pipe.unet import UNet
 
@@ -35,25 +53,8 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
 FORMAT_VERSION = 1
 OWN_FILE = "ldm_pipe.json"
 RUN_PIPELINE = "pipeline"  # the folder inside a training run
-LDM = "LDMTextToImagePipeline"
-OWN = "LatentDiffusionPipeline"  # with a text encoder that no pipeline of diffusers reads as we do
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", LDM, OWN)
-LDM_NAMES = {"vae": "vqvae", "text_encoder": "bert"}  # what this pipeline calls our parts
-PARTS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "VQModel"),
-    "text_encoder": (
-        "CLIPTextModel",
-        "T5EncoderModel",
-        "MT5EncoderModel",
-        "UMT5EncoderModel",
-        "LDMBertModel",
-        "OpenCLIPTextEncoder",
-        "LabelEncoder",
-    ),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "LibraryTokenizer", "OpenClipTokenizer", "ClassNames"),
-}
-IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+ZERO_KEY = "zero_empty_prompt"  # in ldm_pipe.json, where the index has no place for it
+XL_GUIDANCE = 5.0  # guidance scale of diffusers' SDXL pipelines where none is asked for
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
@@ -69,14 +70,23 @@ class Parts:
     golden: Any = None
     name: str = ""
     model_hash: str | None = None
+    spatial: SpatialInput | None = None  # maps that the U-Net takes beside the latents
+    zero_empty_prompt: bool = False  # without a negative prompt, embeddings of zeros stand for it
 
 
 def find_folder(
-    name: str | Path | None, *, variant: str | None = None, local_files_only: bool = False, revision: str | None = None
+    name: str | Path | None,
+    *,
+    variant: str | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    pickles: bool = False,
 ) -> Path:
     """Find a model: the shipped one for None, a local folder, the pipeline inside a training run, or a hub id.
 
-    Raises: LdmPipeError saying where it was looked for.
+    Args:
+        pickles: also take `.bin` weights from the hub.
+    Raises: LdmPipeError saying where it was looked for, or which link leads out of the folder.
     """
     if name is None:
         if not (SHIPPED / "model_index.json").is_file():
@@ -85,51 +95,22 @@ def find_folder(
     if not str(name).strip() or "\0" in str(name):
         raise LdmPipeError(f"the model name is {str(name)!r}", how_to_fix="Give a folder or a hub id.")
     dot = f".{variant}" if variant else ""
-    patterns = ["*.json", "README.md", "tokenizer/*", "scheduler/*"]
-    for part, file in (WEIGHTS | {name: WEIGHTS[part] for part, name in LDM_NAMES.items()}).items():
+    patterns = ["*.json", "README.md", "tokenizer/*", f"{tokenizer_folder(SECOND)}/*", "scheduler/*"]
+    named = {name: WEIGHTS[part] for part, name in LDM_NAMES.items()} | {SECOND: WEIGHTS["text_encoder"]}
+    for part, file in (WEIGHTS | named).items():
         patterns += [f"{part}/config.json", f"{part}/{file}{dot}.safetensors", f"{part}/{file}{dot}-*.safetensors"]
         patterns += [f"{part}/{file}.safetensors.index{dot}.json"]
+    if pickles:
+        patterns += [f"*/*model{dot}.bin", f"*/*model{dot}-*.bin", f"*/*model.bin.index{dot}.json"]
     root = resolve_folder(name, local_files_only=local_files_only, revision=revision, allow_patterns=patterns)
     for place in (root, root / RUN_PIPELINE):
         if (place / "model_index.json").is_file():
+            check_links(place)
             return place
     present = sorted(p.name for p in root.iterdir())[:12]
     raise LdmPipeError(
         f"no model_index.json, only {present}", str(root), "Give a model folder or a finished training run."
     )
-
-
-def check_index(root: Path) -> Mapping[str, Any]:
-    """Read `model_index.json`; anything beyond the classes we build is refused.
-
-    Raises: LdmPipeError naming the part and the class.
-    """
-    where = str(root / "model_index.json")
-    index = read_json(root / "model_index.json")
-    if not isinstance(index, dict) or index.get("_class_name") not in PIPELINES:
-        found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
-        raise LdmPipeError(f"the folder holds a {found!r:.80}", where, f"Known are {', '.join(PIPELINES)}.")
-    ours = {name: part for part, name in part_names(index).items()}
-    index = {ours.get(name, name): value for name, value in index.items()}
-    for part, value in index.items():
-        if part.startswith("_") or part in IGNORED:
-            continue
-        class_name = value[1] if isinstance(value, list) and len(value) == 2 else value
-        if part == "scheduler":
-            if not isinstance(class_name, str) or not class_name.endswith("Scheduler") or not class_name.isidentifier():
-                raise LdmPipeError(f"scheduler is a {class_name!r:.80}", where, "Known are diffusers' schedulers.")
-        elif part not in PARTS or class_name not in PARTS[part]:
-            known = ", ".join(PARTS.get(part, tuple(PARTS)))
-            raise LdmPipeError(f"the part {part!r:.80} is a {class_name!r:.80}", where, f"Known: {known}.")
-    missing = [part for part in (*PARTS, "scheduler") if not isinstance(index.get(part), list)]
-    if missing:
-        raise LdmPipeError(f"the model lacks {missing}", where, "Fetch or export the folder anew.")
-    return index
-
-
-def part_names(index: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the pipeline of an index calls the parts that have another name there."""
-    return LDM_NAMES if index.get("_class_name") == LDM else {}
 
 
 def read_own(root: Path) -> dict[str, Any]:
@@ -147,14 +128,19 @@ def read_own(root: Path) -> dict[str, Any]:
     return own
 
 
-def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | None = None) -> Parts:
-    """Load every part of a folder strictly, all in one dtype (None: float32).
+def load_parts(
+    root: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Parts:
+    """Load every part of a folder strictly, all in one dtype (None: float32), each tensor straight to the device.
 
     Raises: LdmPipeError naming file and cause.
     """
     index = check_index(root)
-    names = part_names(index)
-    vae, text = (root / names.get(part, part) for part in ("vae", "text_encoder"))
+    vae = root / part_names(index).get("vae", "vae")
     own = read_own(root)
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
     if not isinstance(scheduler, dict):
@@ -163,29 +149,52 @@ def load_parts(root: Path, *, dtype: torch.dtype | None = None, variant: str | N
     if defaults.sampler is None:
         named = schedule_config.sampler_name(scheduler)
         defaults = replace(defaults, sampler=named if named in samplers.NAMES else None)
-    common: dict[str, Any] = {"dtype": dtype, "variant": variant}
+    if not own and index["_class_name"] in XL_PIPELINES:
+        defaults = replace(defaults, guidance_scale=XL_GUIDANCE)
+    common: dict[str, Any] = {"dtype": dtype, "variant": variant, "device": device}
     with _config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", **common)
         unet.to(memory_format=torch.channels_last)  # convolutions over such weights are faster, but for training
     with _config_errors(vae):
         autoencoder = load_autoencoder(vae, **common)
-    with _config_errors(text):
-        if index["_class_name"] == OWN:
-            text_encoder = load_text_encoder(text, **common)
-        else:
-            text_encoder = CLIPTextEncoder.from_pretrained(text, tokenizer=root / "tokenizer", **common)
+    encoders = tuple(_load_encoder(root, index, name, common) for name in encoder_folders(index))
     parts = Parts(
         unet=unet,
         autoencoder=autoencoder,
-        text_encoders=(text_encoder,),
+        text_encoders=encoders,
         schedule=schedule_config.read(scheduler),
         defaults=defaults,
         golden=own.get("golden_sample"),
         name=str(own.get("name") or root.resolve().name)[:200],
         model_hash=str(own["model_hash"])[:64] if own.get("model_hash") else None,
+        spatial=_spatial(index, own, str(root / OWN_FILE)),
+        zero_empty_prompt=bool(index.get(XL_FLAGS[0], own.get(ZERO_KEY, index["_class_name"] in XL_PIPELINES))),
     )
     check_fit(parts, str(root))
+    scored = num_numbers(unet, encoders) == NUMBERS_SCORE
+    if index.get(XL_FLAGS[1], scored) != scored:
+        what = f"{XL_FLAGS[1]} is {not scored}, the U-Net is of the other kind"
+        raise LdmPipeError(what, str(root / "model_index.json"), "Fetch or export the folder anew.")
     return parts
+
+
+def _load_encoder(root: Path, index: Mapping[str, Any], name: str, common: Mapping[str, Any]) -> AnyTextEncoder:
+    """Load one text encoder with its tokenizer; a pipeline of diffusers says which of its states are read."""
+    kind = str(index["_class_name"])
+    folder = root / part_names(index).get(name, name)
+    with _config_errors(folder):
+        if kind == OWN or index[name][1] == "LDMBertModel":
+            return load_text_encoder(folder, **common)
+        reading = (SDXL_2 if name == SECOND else SDXL) if kind in XL_PIPELINES else None
+        words = root / tokenizer_folder(name)
+        return CLIPTextEncoder.from_pretrained(folder, tokenizer=words, reading=reading, **common)
+
+
+def _spatial(index: Mapping[str, Any], own: Mapping[str, Any], where: str) -> SpatialInput | None:
+    """Read which maps the model takes beside its latents."""
+    if index["_class_name"] == DEPTH:
+        return SpatialInput(1, "depth")
+    return SpatialInput.read(own["spatial"], where) if "spatial" in own else None
 
 
 @contextlib.contextmanager
@@ -207,9 +216,13 @@ def check_fit(parts: Parts, where: str = "pipeline") -> None:
     """
     unet, vae = parts.unet.config, parts.autoencoder
     channels = vae.latent_channels
-    if unet.in_channels not in (channels, 2 * channels + 1):
+    allowed = (channels + parts.spatial.channels,) if parts.spatial else (channels, 2 * channels + 1)
+    if unet.in_channels not in allowed:
         what = f"the U-Net takes {unet.in_channels} channels, the autoencoder has {channels} latent channels"
-        raise LdmPipeError(what, where, f"It must take {channels}, or {2 * channels + 1} for inpainting.")
+        advice = f"It must take {channels}, or {2 * channels + 1} for inpainting."
+        if parts.spatial:
+            advice = f"With {parts.spatial.channels} channels of maps it must take {allowed[0]}."
+        raise LdmPipeError(what, where, advice)
     if unet.out_channels not in (channels, 2 * channels):  # twice: it also predicts the variance
         what = f"the U-Net gives {unet.out_channels} channels, the autoencoder has {channels} latent channels"
         raise LdmPipeError(what, where, "Use parts that were trained together.")
@@ -218,6 +231,7 @@ def check_fit(parts: Parts, where: str = "pipeline") -> None:
     if isinstance(wanted, int) and parts.text_encoders and width != wanted and unet.get("encoder_hid_dim") is None:
         what = f"the text encoder is {width} wide, the U-Net takes {wanted}"
         raise LdmPipeError(what, where, "Use parts that were trained together.")
+    num_numbers(parts.unet, parts.text_encoders)
     for encoder in parts.text_encoders:
         if encoder.tokenizer is not None and len(encoder.tokenizer) > encoder.config.vocab_size:
             what = f"the tokenizer has {len(encoder.tokenizer)} tokens, the text encoder {encoder.config.vocab_size}"
@@ -256,14 +270,15 @@ def write_folder(
         golden: draws the golden sample of a folder and variant.
     Raises: LdmPipeError if something cannot be written, or is no diffusers model.
     """
-    if len(parts.text_encoders) != 1 or parts.text_encoders[0].tokenizer is None:
-        raise LdmPipeError(
-            f"{len(parts.text_encoders)} text encoders", str(target), "The folder holds one, with its tokenizer."
-        )
-    text_encoder, tokenizer = parts.text_encoders[0], parts.text_encoders[0].tokenizer
+    if not parts.text_encoders or any(encoder.tokenizer is None for encoder in parts.text_encoders):
+        what = f"{len(parts.text_encoders)} text encoders, not all with a tokenizer"
+        raise LdmPipeError(what, str(target), "The folder holds at least one, each with its tokenizer.")
     scheduler = _scheduler(parts.schedule, sampler)
-    index = _index(parts, str(scheduler["_class_name"]))
-    vae, text = (part_names(index).get(part, part) for part in ("vae", "text_encoder"))
+    index = write_index(parts, str(scheduler["_class_name"]))
+    theirs = part_names(index)
+    if index["_class_name"] == DEPTH:
+        advice = "diffusers' pipeline asks for depth_estimator= and feature_extractor= when it loads the folder"
+        warnings.warn(f"the depth estimator is no part of ours and is not written: {advice}", stacklevel=4)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -273,12 +288,16 @@ def write_folder(
         ) from error
     try:
         parts.unet.save_pretrained(staging / "unet", variant=variant, dtype=dtype)
-        foldable(parts.autoencoder).save_pretrained(staging / vae, variant=variant, dtype=dtype)
-        text_encoder.save_pretrained(staging / text, variant=variant, dtype=dtype)
-        _state_dtype(staging / text / "config.json")
-        tokenizer.save_pretrained(staging / "tokenizer")
+        foldable(parts.autoencoder).save_pretrained(staging / theirs.get("vae", "vae"), variant=variant, dtype=dtype)
+        for name, encoder in zip(folders_of(parts), parts.text_encoders, strict=True):
+            text = staging / theirs.get(name, name)
+            encoder.save_pretrained(text, variant=variant, dtype=dtype)
+            _state_dtype(text / "config.json")
+            encoder.tokenizer.save_pretrained(staging / tokenizer_folder(name))
         atomic_write(staging / "scheduler" / "scheduler_config.json", _json(scheduler))
-        atomic_write(staging / "model_index.json", _json(index))
+        atomic_write(
+            staging / "model_index.json", _json({theirs.get(part, part): item for part, item in index.items()})
+        )
         atomic_write(staging / "README.md", card)
         own = {"format_version": FORMAT_VERSION, **own}
         atomic_write(staging / OWN_FILE, _json(own))
@@ -337,33 +356,3 @@ def _move_over(staging: Path, target: Path) -> None:
         place = target / file.relative_to(staging)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, place)
-
-
-def _index(parts: Parts, scheduler: str) -> dict[str, Any]:
-    shared = {
-        "_diffusers_version": "0.38.0",
-        "scheduler": ["diffusers", scheduler],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-    }
-    encoder = parts.text_encoders[0]
-    if not isinstance(encoder, CLIPTextEncoder) or not isinstance(encoder.tokenizer, ClipTokenizer):
-        kind = (encoder.config.get("architectures") or [type(encoder).__name__])[0]
-        words = "CLIPTokenizer" if isinstance(encoder.tokenizer, ClipTokenizer) else type(encoder.tokenizer).__name__
-        own = {"text_encoder": ["conditioning", kind], "tokenizer": ["conditioning", words]}
-        vae = {"vae": ["diffusers", type(parts.autoencoder).__name__]}
-        return {"_class_name": OWN, **shared, **own, **vae}
-    if isinstance(parts.autoencoder, VQModel):
-        ldm = {"bert": ["transformers", "CLIPTextModel"], "vqvae": ["diffusers", "VQModel"]}
-        return {"_class_name": LDM, **shared, **ldm}
-    inpainting = parts.unet.config.in_channels != parts.autoencoder.latent_channels
-    return {
-        "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
-        **shared,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }

@@ -12,7 +12,7 @@ import torch
 
 from ldm_pipe.golden import golden_sample
 from ldm_pipe.interop.card import model_card
-from ldm_pipe.interop.folder import RUN_PIPELINE, Parts, load_parts, write_folder
+from ldm_pipe.interop.folder import RUN_PIPELINE, ZERO_KEY, Parts, load_parts, write_folder
 from ldm_pipe.pretrained import LdmPipeError
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ def save_pipeline(
         "model_hash": model_hash(parts, dtype),
         "defaults": replace(parts.defaults, sampler=sampler).to_json(),
     }
+    if parts.spatial is not None:
+        own["spatial"] = parts.spatial.stored()
+    if parts.zero_empty_prompt:
+        own[ZERO_KEY] = True
     text = model_card(parts, name=parts.name, sampler=sampler, dtype=str(dtype).removeprefix("torch."), facts=card)
     write_folder(parts, target, sampler=sampler, dtype=dtype, variant=variant, own=own, card=text, golden=_golden_of)
 

@@ -128,6 +128,25 @@ BAD_CALLS: list[dict[str, Any]] = [
     {"image": torch.zeros(3, 32, 32), "latents": torch.zeros(1, 4, 8, 8)},
     {"image": torch.zeros(3, 32, 32), "mask_image": torch.zeros(32, 36)},
     {"mask_image": torch.zeros(32, 32)},
+    {"prompt_2": "x"},
+    {"negative_prompt_2": "x"},
+    {"original_size": (32, 32)},
+    {"negative_target_size": (32, 32)},
+    {"aesthetic_score": 6.0},
+    {"pooled_prompt_embeds": torch.zeros(1, 32)},
+    {"spatial": torch.zeros(1, 1, 8, 8)},
+    {"depth_map": torch.zeros(1, 8, 8)},
+    {"denoising_start": 0.5},
+    {"denoising_start": 0.5, "latents": torch.zeros(1, 4, 8, 8), "strength": 0.5},
+    {"denoising_start": 0.5, "image": torch.zeros(3, 32, 32)},
+    {"denoising_start": 0.5, "denoising_end": 0.4, "latents": torch.zeros(1, 4, 8, 8)},
+    {"denoising_end": 0.001},
+    {"denoising_end": 1.0},
+    {"denoising_end": NAN},
+    {"image": torch.zeros(1, 4, 8, 8), "latents": torch.zeros(1, 4, 8, 8)},
+    {"image": torch.zeros(1, 4, 8, 8), "mask_image": torch.zeros(32, 32)},
+    {"image": torch.full((1, 4, 8, 8), NAN)},
+    {"image": torch.zeros(3, 4, 8, 8)},
 ]
 
 
@@ -152,7 +171,9 @@ NAMES = (
     "prompt", "height", "width", "num_inference_steps", "timesteps", "guidance_scale", "negative_prompt", "eta", "seed",
     "num_images_per_prompt", "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "output_type", "image",
     "guidance_rescale", "clip_skip", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "sampler", "spacing",
-    "thresholding", "strength", "mask_image", "sigmas", "sampler_options",
+    "thresholding", "strength", "mask_image", "sigmas", "sampler_options", "prompt_2", "negative_prompt_2", "spatial",
+    "depth_map", "original_size", "crops_coords_top_left", "target_size", "aesthetic_score", "denoising_start",
+    "denoising_end", "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "negative_original_size",
 )  # fmt: skip
 
 
