@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("accelerate")
 
@@ -19,7 +20,7 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.autoencoder import AutoencoderConfig
 from ldm_pipe.training.config import build_config
 from tests.autoencoders import changed, make_trainer
-from tests.training import assert_same_bits, whole_state
+from tests.training import assert_same_bits, saved_state, whole_state
 
 SIDES = ("real", "fake")
 
@@ -148,3 +149,31 @@ def test_a_nan_picture_reaches_neither_network(tmp_path: Path) -> None:
     trainer.train_step()
     assert_same_bits(whole_state(trainer), before)
     assert trainer.skipped == 1
+
+
+def test_nan_in_a_loss_is_named_and_stops_after_some_steps_with_both_networks_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault 11 in the autoencoder: the part, its value and the rows are named; the state before is what is saved."""
+    trainer = make_trainer(tmp_path, start=0, max_train_steps=20, max_nonfinite_steps=3)
+    forward = trainer.raw["autoencoder"].forward
+    good: dict[str, Tensor] = {}
+
+    def breaks(image: Tensor, *rest: Any) -> Any:
+        if trainer.step < 2:
+            return forward(image, *rest)
+        good.update(whole_state(trainer) if not good else {})
+        reconstruction, posterior = forward(image, *rest)
+        return reconstruction * math.inf, posterior
+
+    trainer.raw["autoencoder"].forward = breaks  # type: ignore[method-assign]
+    with pytest.raises(LdmPipeError, match="3 steps in a row"):
+        trainer.fit()
+    said = capsys.readouterr().err
+    assert said.count("step skipped") == 3
+    assert "step 2: NaN or infinity in autoencoder (" in said
+    assert "reconstruction=" in said
+    assert "discriminator (" in said
+    saved = saved_state(tmp_path / "checkpoint-5")
+    assert_same_bits(saved, {name: good[name] for name in saved})
+    assert {name.split("/")[0] for name in saved} >= {"autoencoder", "autoencoder.ema", "discriminator"}
