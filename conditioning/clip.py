@@ -342,6 +342,10 @@ def _checked(config: Mapping[str, Any]) -> FrozenConfig:
         raise LdmPipeError(what, where)
     if config.get("hidden_act") not in _ACTIVATIONS:
         raise LdmPipeError(f"hidden_act is {config.get('hidden_act')!r}, expected one of {sorted(_ACTIVATIONS)}", where)
+    for name, default in _DEFAULTS.items():
+        value = config.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise LdmPipeError(f"{name} is {value!r:.80}, expected a number", where)
     model_type = config.get("model_type", "clip_text_model")
     architectures = config.get("architectures") or ["CLIPTextModel"]
     if model_type != "clip_text_model" or architectures[0] not in ("CLIPTextModel", "CLIPTextModelWithProjection"):

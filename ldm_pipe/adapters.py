@@ -215,9 +215,8 @@ class Adapters:
         self.loras.set({name: 1.0 if w is None else w for name, w in zip(names, given, strict=True)})
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of the LoRAs that act."""
-        loras = self.loras
-        return [n for n, a in loras.adapters.items() if a.active and (loras.enabled or a.fused is not None)]
+        """Return the names of the LoRAs that act, or would if they were not disabled."""
+        return [name for name, adapter in self.loras.adapters.items() if adapter.active]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Return the names of the LoRAs of each network."""

@@ -5,16 +5,19 @@ What enters: paths. What leaves: values, or one clear error. This file knows no 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # a CLIP vocabulary is 1 MB; more than this is not a config
@@ -81,32 +84,42 @@ def _umask_mode() -> int:
     return 0o666 & ~mask
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, flush to disk, rename.
+@contextlib.contextmanager
+def _atomically(path: Path, num_bytes: int) -> Iterator[Path]:
+    """Give a temporary name to write to; then flush it to disk and rename it. It is there whole or not at all.
 
     The file gets the mode the umask asks for (safetensors' own writer leaves 0600).
     Raises: LdmPipeError naming the path if it cannot be written.
     """
-    path = Path(path)
-    payload = data.encode("utf-8") if isinstance(data, str) else data
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, _umask_mode())
         os.replace(temporary, path)
         temporary = None
         sync_folder(path.parent)
-    except OSError as error:
-        need = f"{len(payload)} bytes are needed"
-        raise LdmPipeError(f"cannot be written ({error.strerror or error}; {need})", str(path)) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LdmPipeError(f"cannot be written ({reason}; {num_bytes} bytes are needed)", str(path)) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None and temporary.exists():
+            temporary.unlink()
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises: LdmPipeError naming the path if it cannot be written.
+    """
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    with _atomically(Path(path), len(payload)) as temporary:
+        temporary.write_bytes(payload)
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -120,11 +133,20 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, atomically. Shared memory is written out once per name."""
-    whole = {
-        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    atomic_write(path, safetensors_bytes(whole, {"format": "pt", **(metadata or {})}))
+    """Write tensors as one safetensors file, atomically; memory they share is written once per name.
+
+    Only tensors that lie elsewhere than contiguously on the CPU are copied first.
+    """
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().to("cpu").contiguous()
+        if plain.data_ptr() in seen or plain.untyped_storage().nbytes() != plain.nbytes:
+            plain = plain.clone()
+        seen.add(plain.data_ptr())
+        whole[name] = plain
+    with _atomically(Path(path), sum(x.nbytes for x in whole.values())) as temporary:
+        save_file(whole, temporary, {"format": "pt", **(metadata or {})})
 
 
 def _read_tensor(stream: BinaryIO, start: int, entry: Mapping[str, Any]) -> Tensor:
@@ -137,9 +159,13 @@ def _read_tensor(stream: BinaryIO, start: int, entry: Mapping[str, Any]) -> Tens
     return tensor
 
 
-def load_tensors(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_tensors(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Read a safetensors file tensor by tensor, as pages of a mapped file stay beside what is made of them.
 
+    Args:
+        dtype: of floating-point tensors in memory; None is the file's.
     Raises: LdmPipeError naming the file if it is missing, truncated or of another format.
     """
     path = Path(path)
@@ -150,7 +176,11 @@ def load_tensors(path: str | Path, *, device: str | torch.device = "cpu") -> dic
             start = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(start - 8))
             header.pop("__metadata__", None)
-            return {name: _read_tensor(stream, start, entry).to(device) for name, entry in header.items()}
+            tensors = {}
+            for name, entry in header.items():
+                tensor = _read_tensor(stream, start, entry)
+                tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            return tensors
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch or export it anew.") from None
 
@@ -169,29 +199,110 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 def safe_child(folder: Path, name: str, where: str) -> Path:
     """Join a name read from a file to its folder; a name that leads out of the folder is refused."""
-    if not name or name.startswith(("/", "\\", "~")) or ".." in Path(name).parts or ":" in name or "\0" in name:
+    parts = name.replace("\\", "/").split("/")
+    if not name or name.startswith(("/", "\\", "~")) or ".." in parts or ":" in name or "\0" in name:
         raise LdmPipeError(f"the file name {name!r} leads out of its folder", where, "Do not trust this model.")
     return folder / name
 
 
+def check_links(folder: Path) -> None:
+    """Refuse a folder with symbolic links that lead out of it; those of the hub's cache lead to its own blobs.
+
+    Raises: LdmPipeError naming the first link and where it leads.
+    """
+    base = folder.resolve()
+    snapshot = next((p for p in (base, *base.parents) if p.parent.name == "snapshots"), None)
+    homes = [base] if snapshot is None else [base, snapshot.parent.parent / "blobs"]
+    for root, folders, names in os.walk(base):
+        for name in (*folders, *names):
+            path = Path(root, name)
+            if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+                what = f"{path.relative_to(base)} is a link to {path.resolve()}, outside of the folder"
+                raise LdmPipeError(what, str(folder), "Copy what it links to, or do not trust this model.")
+
+
 def load_folder_tensors(
-    folder: Path, weights_name: str, variant: str | None = None, *, device: str | torch.device = "cpu"
+    folder: Path,
+    weights_name: str,
+    variant: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Read the weights of one component: one safetensors file, or shards with their index.
 
-    Raises: LdmPipeError; pickle files are named but not read.
+    A part that has no files of the variant, in a model of which another part has, is read without it, with a warning.
+
+    Args:
+        dtype: of floating-point tensors in memory; None is the file's.
+    Raises: LdmPipeError if there is no such file, or more than one candidate; pickles are named but not read.
     """
-    suffix = f".{variant}" if variant else ""
-    single = folder / f"{weights_name}{suffix}.safetensors"
-    if single.is_file():
-        return load_tensors(single, device=device)
-    index = folder / f"{weights_name}.safetensors.index{suffix}.json"
-    if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
-        tensors: dict[str, Tensor] = {}
-        for name in files:
-            tensors.update(load_tensors(safe_child(folder, str(name), str(index)), device=device))
-        return tensors
+    check_links(folder)
+    found = _candidates(folder, weights_name, variant)
+    if not found and variant and _model_has(folder.parent, variant):
+        found = _candidates(folder, weights_name, None)
+        if found:
+            warnings.warn(f"{folder.name} has no variant {variant!r}: {found[0].name} is read", stacklevel=2)
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise LdmPipeError(f"there are {names}", str(folder), "Keep one of them: it is not said which one counts.")
+    if not found:
+        raise _no_weights(folder, weights_name, variant)
+    if found[0].suffix == ".safetensors":
+        return load_tensors(found[0], device=device, dtype=dtype)
+    return _load_shards(found[0], device=device, dtype=dtype)
+
+
+def _candidates(folder: Path, weights_name: str, variant: str | None) -> list[Path]:
+    dot = f".{variant}" if variant else ""
+    names = (
+        f"{weights_name}{dot}.safetensors",
+        f"{weights_name}.safetensors.index{dot}.json",
+        f"{weights_name}{dot}.safetensors.index.json",
+    )
+    return [path for name in dict.fromkeys(names) if (path := safe_child(folder, name, str(folder))).is_file()]
+
+
+def _model_has(root: Path, variant: str) -> bool:
+    endings = (f".{variant}.safetensors", f".index.{variant}.json", f".{variant}.safetensors.index.json")
+    return (root / "model_index.json").is_file() and any(path.name.endswith(endings) for path in root.glob("*/*"))
+
+
+def _no_weights(folder: Path, weights_name: str, variant: str | None) -> LdmPipeError:
+    """Say what is there instead, and what to do."""
     present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    what = f"no {single.name} there, only {present}" if present else "the folder is missing or empty"
-    raise LdmPipeError(what, str(folder), "Give a folder with safetensors weights, or another `variant`.")
+    if not present:
+        return LdmPipeError("the folder is missing or empty", str(folder), "Fetch or export it anew.")
+    pickles = [name for name in present if name.endswith(".bin")]
+    pattern = rf"{re.escape(weights_name)}\.([^.]+)\.safetensors|.*\.safetensors\.index\.([^.]+)\.json"
+    variants = sorted({m[1] or m[2] for name in present if (m := re.fullmatch(pattern, name))})
+    fix = "Give a folder with safetensors weights, or another `variant`."
+    if variants:
+        fix = f"Name a variant: {', '.join(map(repr, variants))}."
+    elif pickles:
+        fix = (
+            "Pickles can run code and are not read here: turn the model into safetensors once with `ldm-pipe convert "
+            "FOLDER NEW_FOLDER`, or let the pipeline do it each time with use_safetensors=False."
+        )
+    dot = f".{variant}" if variant else ""
+    return LdmPipeError(f"no {weights_name}{dot}.safetensors there, only {present}", str(folder), fix)
+
+
+def _load_shards(index: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Read shards; each must hold exactly what the index says.
+
+    Raises: LdmPipeError naming the first ten tensors that are missing or too many.
+    """
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise LdmPipeError("its weight_map does not say which file holds which tensor", str(index), "Fetch it anew.")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        shard = load_tensors(safe_child(index.parent, name, str(index)), device=device, dtype=dtype)
+        wrong = sorted(shard.keys() ^ {key for key, file in places.items() if file == name})
+        if wrong:
+            what = f"{name} and its index differ in {len(wrong)} tensors: {', '.join(wrong[:10])}"
+            raise LdmPipeError(what, str(index), "Fetch all shards anew.")
+        tensors |= shard
+    return tensors

@@ -7,6 +7,7 @@ or one clear error. With files.py it is what every package may use; it knows no 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ldm_pipe.files import (
     LdmPipeError,
     atomic_write,
+    check_links,
     load_folder_tensors,
     load_tensors,
     read_json,
@@ -32,6 +34,7 @@ __all__ = [
     "LdmPipeError",
     "PretrainedModule",
     "atomic_write",
+    "check_links",
     "check_tensors",
     "load_folder_tensors",
     "load_tensors",
@@ -110,6 +113,15 @@ def _first_ten(lines: Iterable[str]) -> str:
     return "; ".join(lines[:10]) + more
 
 
+def without_wrapper(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Take off the prefix that data parallel training or compilation put before every name, and say so."""
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            warnings.warn(f"{where}: every name begins with {prefix!r}; it is left out", stacklevel=2)
+            return without_wrapper({name.removeprefix(prefix): x for name, x in tensors.items()}, where)
+    return tensors
+
+
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Compare names, shapes and values of a checkpoint with a module; every difference is one error.
 
@@ -150,6 +162,19 @@ class _NoNormalDraws(TorchFunctionMode):
         if func in (Tensor.normal_, nn.init.normal_):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def _on_meta(cls: type[ModuleT], config: Mapping[str, Any], where: str) -> ModuleT:
+    """Build a network without memory for its weights; what a senseless config makes torch raise is one clear error."""
+    try:
+        with torch.device("meta"), _NoNormalDraws():
+            return cls.from_config(config)
+    except LdmPipeError:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        fix = "Fetch or export the folder anew."
+        raise LdmPipeError(f"cannot be built from its config: {reason}", where, fix) from error
 
 
 class PretrainedModule(nn.Module):
@@ -204,14 +229,11 @@ class PretrainedModule(nn.Module):
         if cls.class_name and written and written not in (cls.class_name, *cls.other_class_names):
             what = f"the folder holds a {written}, not a {cls.class_name}"
             raise LdmPipeError(what, str(root), "Give the folder of the right component.")
-        with torch.device("meta"), _NoNormalDraws():
-            module = cls.from_config(config)
-        tensors = cls.rename_keys(load_folder_tensors(root, cls.weights_name, variant, device=device))
-        check_tensors(module, tensors, str(root))
+        module = _on_meta(cls, config, str(root))
         dtype = dtype or torch.float32
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                tensors[name] = tensor.to(dtype)
+        tensors = load_folder_tensors(root, cls.weights_name, variant, device=device, dtype=dtype)
+        tensors = cls.rename_keys(without_wrapper(tensors, str(root)))
+        check_tensors(module, tensors, str(root))
         module.load_state_dict(tensors, assign=True, strict=True)
         stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]
         if stranded:

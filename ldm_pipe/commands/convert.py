@@ -1,4 +1,4 @@
-"""The command `convert`: original single files and ADM checkpoints to folders, folders to single files."""
+"""The command `convert`: single files and ADM checkpoints to folders, folders to single files or out of pickles."""
 
 from __future__ import annotations
 
@@ -14,10 +14,28 @@ def run_convert(args: argparse.Namespace) -> int:
     source = Path(args.source)
     if not source.exists():
         raise LdmPipeError("no such file or folder", str(source), "Give a checkpoint file or a model folder.")
-    for note in _to_file(args, source) if source.is_dir() else _to_folder(args, source):
+    if not source.is_dir():
+        notes = _to_folder(args, source)
+    elif Path(args.target).suffix == ".safetensors":
+        notes = _to_file(args, source)
+    else:
+        notes = _without_pickles(args, source)
+    for note in notes:
         sys.stdout.write(f"note: {note}\n")
     sys.stdout.write(f"{args.target}\n")
     return 0
+
+
+def _without_pickles(args: argparse.Namespace, source: Path) -> tuple[str, ...]:
+    """Turn `.bin` parts into safetensors: the one thing that a folder can become a folder for."""
+    from ldm_pipe.interop.pickles import convert_folder, has_pickles
+
+    given = ("ema", "prediction", "like", "tokenizer", "head_width", "num_heads", "qkv_order", "dtype", "variant")
+    _refuse(args, given, "for files")
+    if not has_pickles(source):
+        fix = "Name a .safetensors file to write one; `ldm-pipe export` copies a model in another dtype."
+        raise LdmPipeError("the folder holds no .bin weights to convert", str(source), fix)
+    return convert_folder(source, args.target)
 
 
 def _to_file(args: argparse.Namespace, source: Path) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.unet.fields import (
     all_positive,
     check_known,
+    check_types,
     kinds,
     one_or_list,
     per_level,
@@ -262,6 +263,7 @@ def read_config(config: Mapping[str, Any]) -> UNetSpec:
     Raises: LdmPipeError naming the field and its value, where the network cannot represent it.
     """
     config = {**DEFAULTS, **config}
+    check_types(config, DEFAULTS)
     check_known(config, _KNOWN_VALUES)
     for field in ("in_channels", "out_channels", "norm_num_groups", "conv_in_kernel", "conv_out_kernel"):
         positive(config, field)

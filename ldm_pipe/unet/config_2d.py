@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.unet.fields import all_positive, check_known, kinds, positive, read_channels, refuse
+from ldm_pipe.unet.fields import all_positive, check_known, check_types, kinds, positive, read_channels, refuse
 from ldm_pipe.unet.spec import AttentionKind, ClassEmbedding, EmbeddingSpec, LevelSpec, MidSpec, Resampling, UNetSpec
 
 # What diffusers 0.42 assumes for a field that a config.json leaves out.
@@ -145,6 +145,7 @@ def read_config_2d(config: Mapping[str, Any]) -> UNetSpec:
     Raises: LdmPipeError naming the field and its value, where the network cannot represent it.
     """
     config = {**DEFAULTS_2D, **OWN_DEFAULTS_2D, **config}
+    check_types(config, {**DEFAULTS_2D, **OWN_DEFAULTS_2D})
     check_known(config, _KNOWN_VALUES)
     for field in ("in_channels", "out_channels", "norm_num_groups"):
         positive(config, field)

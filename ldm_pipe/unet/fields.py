@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,20 @@ from ldm_pipe.pretrained import LdmPipeError
 def refuse(field: str, value: Any, allowed: str) -> LdmPipeError:
     """Return the error for a value that the network cannot represent."""
     return LdmPipeError(f"{field} = {value!r:.200} cannot be represented", "U-Net config", f"Allowed: {allowed}.")
+
+
+def check_types(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse fields whose value is of another type than their default; None and lists are checked later."""
+    for field, default in defaults.items():
+        value = config[field]
+        if default is None or value is None or isinstance(value, (list, tuple)):
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            if not is_number:
+                raise refuse(field, value, "a number")
+        elif not isinstance(default, (list, tuple)) and not isinstance(value, type(default)):
+            raise refuse(field, value, {bool: "true or false", str: "a word"}.get(type(default), "another type"))
 
 
 def per_level(config: Mapping[str, Any], field: str, count: int) -> list[Any]:

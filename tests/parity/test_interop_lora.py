@@ -164,12 +164,16 @@ def test_what_peft_saves_changes_the_weights_as_in_peft(kind: str, tmp_path: Pat
     net = Net()
     plain = {name: getattr(net, name).weight.detach().clone() for name in ("one", "two")}
     model = peft.get_peft_model(net, getattr(peft, kind)(r=2, target_modules=["one", "two"], **more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
     model.save_pretrained(str(tmp_path / "file"))
     layers = read_lora(tmp_path / "file", {"unet": Net()})
     merged = model.merge_and_unload()
     for name, weight in plain.items():
         found = weight + changed(layers["unet", name], weight, 1.0)
-        torch.testing.assert_close(found, getattr(merged, name).weight.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, getattr(merged, name).weight.detach(), rtol=1e-5, atol=1e-4)
         assert not torch.allclose(found, weight, atol=1e-2)
 
 
