@@ -94,7 +94,7 @@ def check_rows(
             report.problems.append(Problem(where, "missing picture", "the picture is null"))
             continue
         value = table.columns[caption_column][number] if caption_column else ""
-        captions = _captions(value, where, report)
+        captions = read_captions(value, where, report)
         if captions is None:
             continue
         if caption_column and not captions and null_captions == "skip":
@@ -116,7 +116,7 @@ def check_rows(
     return rows
 
 
-def _captions(value: Any, where: str, report: DataReport) -> tuple[str, ...] | None:
+def read_captions(value: Any, where: str, report: DataReport) -> tuple[str, ...] | None:
     """Return the captions of a cell that are not blank; None for a cell that holds something else."""
     if value is None or isinstance(value, str):
         return (value,) if value and value.strip() else ()

@@ -309,8 +309,8 @@ def read_dataset(dataset: Any, image_column: str, where: str) -> Table:
     return Table(columns[image_column], columns, [f"{where}:row {row}" for row in range(len(dataset))], image_column)
 
 
-def load_hub(name: str, config: str | None, split: str) -> Any:
-    """Load one split of a hub data set through the `datasets` library."""
+def load_hub(name: str, config: str | None, split: str, *, streaming: bool = False) -> Any:
+    """Load one split of a hub data set through the `datasets` library, whole or for reading forward."""
     try:
         import datasets
     except ImportError as error:
@@ -318,7 +318,7 @@ def load_hub(name: str, config: str | None, split: str) -> Any:
             "a data set by name needs the `datasets` library", name, 'pip install "ldm-pipe[train]"'
         ) from error
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises its own, the loader's and the network's errors
         raise LdmPipeError(
             "no such folder here, and the data set could not be loaded from the hub "
