@@ -98,6 +98,7 @@ def test_diffusers_draws_the_same_picture_from_vq_latents(levels: int, sampler: 
     report = export_diffusers(tmp_path / "model", tmp_path / "exported", sampler=sampler)
     assert report.difference is not None
     assert report.difference <= 1e-4
+    assert "Pass guidance_scale=2 in diffusers; its default is 1." in report.notes
 
 
 @pytest.mark.parametrize(("length", "sampler", "named"), [(16, "ddim", "reads 16 tokens"), (77, "euler", "euler")])
