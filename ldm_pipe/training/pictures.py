@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.framing import CENTER, frame_picture
 from ldm_pipe.data.images import resize, to_tensor
 from ldm_pipe.data.order import DataOrder, concept_weights
+from ldm_pipe.data.stream import Stream, open_stream
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.config import DataConfig
 from ldm_pipe.training.rng import batch_uniform
@@ -121,23 +122,65 @@ class ImageBatches:
     def __call__(self, micro: Micro) -> ImageBatch:
         """Return the pictures of a slice."""
         shape = self.plan.shapes[int(self.plan.buckets[micro.indices[0]])]
-        draws = batch_uniform(4, self.seed, "frame", micro.step, positions=micro.positions).tolist()
-        images = self._pool.map(self.records.image, micro.indices)
-        framed = [frame_as_drawn(*pair, shape, self.config) for pair in zip(images, draws, strict=True)]
-        lists = [self.records.caption_lists[row] for row in micro.indices]
-        captions = [texts[int(draw[3] * len(texts))] for texts, draw in zip(lists, draws, strict=True)]
-        return ImageBatch(
-            torch.stack([image for image, _ in framed]), torch.tensor([ids for _, ids in framed]), captions
-        )
+        images = list(self._pool.map(self.records.image, micro.indices))
+        captions = [self.records.caption_lists[row] for row in micro.indices]
+        return frame_batch(images, captions, shape, micro, self.config, self.seed)
 
 
-def frame_as_drawn(
-    image: Image.Image, draws: list[float], shape: Shape, config: DataConfig
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Crop and mirror one picture by its draws (x, y, mirror): the image (3, H, W) and its time ids."""
-    crop_at = CENTER if config.center_crop else (draws[0], draws[1])
-    part, frame = frame_picture(image, shape, crop_at, config.random_flip and draws[2] < 0.5)
-    return to_tensor(part), frame.time_ids
+class StreamBatches:
+    """Map the slice of a step to pictures of a stream, framed as `ImageBatches` does; all have the square shape."""
+
+    def __init__(self, stream: Stream, config: DataConfig, seed: int) -> None:
+        """Take the share of this process; its order is `StreamOrder`."""
+        self.stream, self.config, self.seed = stream, config, seed
+
+    @classmethod
+    def open(cls, config: DataConfig, seed: int, process_index: int = 0, num_processes: int = 1) -> StreamBatches:
+        """Open what the config names.
+
+        Raises: LdmPipeError for settings that need the whole set at hand.
+        """
+        wanted = {
+            "aspect_ratio_buckets": config.aspect_ratio_buckets, "concept_column": config.concept_column,
+            "exclude_columns": config.exclude_columns, "max_train_samples": config.max_train_samples,
+            "num_crops": config.num_crops > 1,
+        }  # fmt: skip
+        if refused := [name for name, value in wanted.items() if value]:
+            raise LdmPipeError(f"a stream cannot serve {', '.join(refused)}", "data", "Leave them, or streaming, out.")
+        stream = Stream(
+            open_stream(config.train_data_dir, config_name=config.dataset_config_name),
+            image_column=config.image_column, caption_column=config.caption_column, seed=seed,
+            process_index=process_index, num_processes=num_processes, null_captions=config.null_captions,
+            max_bad_fraction=config.max_bad_fraction,
+        )  # fmt: skip
+        return cls(stream, config, seed)
+
+    def __call__(self, micro: Micro) -> ImageBatch:
+        """Return the pictures of a slice; its indices are positions in the share of this process."""
+        samples = self.stream.take(micro.indices)
+        images, captions = [sample.image for sample in samples], [sample.captions for sample in samples]
+        shape = (self.config.resolution, self.config.resolution)
+        return frame_batch(images, captions, shape, micro, self.config, self.seed)
+
+
+def frame_batch(
+    images: list[Image.Image],
+    captions: Sequence[Sequence[str]],
+    shape: Shape,
+    micro: Micro,
+    config: DataConfig,
+    seed: int,
+) -> ImageBatch:
+    """Crop, mirror and caption the pictures of a slice by draws of its step and places."""
+    draws = batch_uniform(4, seed, "frame", micro.step, positions=micro.positions).tolist()
+    parts, time_ids, chosen = [], [], []
+    for image, texts, (x, y, mirror, number) in zip(images, captions, draws, strict=True):
+        crop_at = CENTER if config.center_crop else (x, y)
+        part, frame = frame_picture(image, shape, crop_at, config.random_flip and mirror < 0.5)
+        parts.append(to_tensor(part))
+        time_ids.append(frame.time_ids)
+        chosen.append(texts[int(number * len(texts))])
+    return ImageBatch(torch.stack(parts), torch.tensor(time_ids), chosen)
 
 
 @dataclass(frozen=True)

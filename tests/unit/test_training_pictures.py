@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,18 @@ from torch import Tensor
 
 from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import cover_size, resize, to_tensor
+from ldm_pipe.data.stream import Stream, StreamOrder, open_stream
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.config import DataConfig
 from ldm_pipe.training.loop import Micro
-from ldm_pipe.training.pictures import ImageBatches, LatentBatches, ShapePlan, open_records, plan_shapes
+from ldm_pipe.training.pictures import (
+    ImageBatches,
+    LatentBatches,
+    ShapePlan,
+    StreamBatches,
+    open_records,
+    plan_shapes,
+)
 
 NUM = 24
 
@@ -154,6 +163,27 @@ def test_buckets_crop_less_than_the_square(folder: Path) -> None:
             shares.append(height * width / (scaled[0] * scaled[1]))
         kept.append(np.mean(shares))
     assert kept[0] < 0.7 < 0.8 < kept[1]
+
+
+def test_a_stream_is_framed_like_records(folder: Path, tmp_path: Path) -> None:
+    """The same pictures from tar shards read forward: same crops, same time ids."""
+    pytest.importorskip("datasets", reason="streams are its")
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, arcname=path.name)
+    settings = config(tmp_path / "train.tar", center_crop=False, random_flip=True)
+    stream = Stream(open_stream(settings.train_data_dir), seed=None)
+    records = open_records(config(folder))
+    images = ImageBatches(records, plan_shapes(records, settings, 4), settings, seed=1)
+    for step in range(3):
+        micro = Micro(step, StreamOrder(4).batch_at(step).tolist(), range(4))
+        streamed, indexed = StreamBatches(stream, settings, seed=1)(micro), images(micro)
+        assert torch.equal(streamed.images, indexed.images)
+        assert torch.equal(streamed.time_ids, indexed.time_ids)
+        assert streamed.captions == indexed.captions
+    assert StreamBatches.open(settings, seed=1)(micro).images.shape == (4, 3, 16, 16)
+    with pytest.raises(LdmPipeError, match="cannot serve aspect_ratio_buckets, concept_column"):
+        StreamBatches.open(config(folder, aspect_ratio_buckets=True, concept_column="c"), 0)
 
 
 def test_settings_that_mean_nothing_together_are_refused(folder: Path) -> None:
