@@ -56,7 +56,7 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     where = "export to diffusers"
     kind = pipeline_class(pipe.parts())
     if kind == OWN:
-        raise LdmPipeError(_what_is_own(pipe), where, "No pipeline of diffusers draws with it as we do.")
+        raise LdmPipeError(*_what_is_own(pipe))
     if pipe.schedule.prediction not in ("eps", "x0", "v"):
         what = f"prediction {pipe.schedule.prediction!r} with this noise law"
         raise LdmPipeError(what, where, "diffusers' samplers know epsilon, sample and v_prediction.")
@@ -71,7 +71,7 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     rule = defaults.thresholding
     if rule is not None and rule.kind != "none":
         notes.append(f"{rule.kind} thresholding in {rule.space} space is a default that diffusers does not apply.")
-    theirs = 5.0 if kind in (XL, XL_REFINER) else 7.5
+    theirs = {XL: 5.0, XL_REFINER: 5.0, LDM: 1.0}.get(kind, 7.5)
     if defaults.guidance_scale is not None and defaults.guidance_scale != theirs:
         notes.append(f"Pass guidance_scale={defaults.guidance_scale:g} in diffusers; its default is {theirs:g}.")
     if defaults.guidance_rescale:
@@ -85,15 +85,16 @@ def check_representable(pipe: LatentDiffusionPipeline, sampler: str) -> tuple[st
     return tuple(notes)
 
 
-def _what_is_own(pipe: LatentDiffusionPipeline) -> str:
-    """Name what makes a model one of ours alone."""
+def _what_is_own(pipe: LatentDiffusionPipeline) -> tuple[str, str, str]:
+    """Name what makes a model one of ours alone: the parts of an error."""
+    where, nobody = "export to diffusers", "No pipeline of diffusers draws with it as we do."
     if pipe.spatial is not None:
-        return f"the U-Net takes {pipe.spatial.channels} channels of maps"
+        return f"the U-Net takes {pipe.spatial.channels} channels of maps", where, nobody
     others = [type(e).__name__ for e in pipe.text_encoders if not isinstance(e, CLIPTextEncoder)]
     if others:
-        return f"the text encoder is a {others[0]}"
+        return f"the text encoder is a {others[0]}", where, "diffusers' StableDiffusionPipeline reads CLIP's."
     readings = "; ".join(str(encoder.reading) for encoder in pipe.text_encoders)
-    return f"{len(pipe.text_encoders)} text encoders, read so: {readings}"
+    return f"{len(pipe.text_encoders)} text encoders, read so: {readings}", where, nobody
 
 
 def _check_ldm(pipe: LatentDiffusionPipeline, sampler: str) -> None:
