@@ -19,8 +19,8 @@ from conditioning.prompt import Brackets, Break, Line, Span, parse
 from conditioning.text import PromptEncoder, prepare, tokenizer_of
 from ldm_pipe.pretrained import LdmPipeError
 
-Emphasis = Literal["interpolate", "mean", "scale"]
-EMPHASES: tuple[Emphasis, ...] = ("interpolate", "mean", "scale")
+Emphasis = Literal["context", "interpolate", "mean", "scale"]
+EMPHASES: tuple[Emphasis, ...] = ("context", "interpolate", "mean", "scale")
 MAX_CHUNKS = 32
 MIN_MEAN = 1e-3  # of the embeddings' mean size: below, the ratio of two means says nothing
 
@@ -75,7 +75,7 @@ def encode_weighted(
     *,
     num_steps: int = 1,
     clip_skip: int | None = None,
-    emphasis: Emphasis = "interpolate",
+    emphasis: Emphasis = "context",
     brackets: Brackets = "error",
     negative: bool = False,
 ) -> PromptSchedule:
@@ -86,12 +86,15 @@ def encode_weighted(
     is the first chunk's. Prompts of fewer chunks are lengthened with zeros that the mask hides (A1111 lengthens with
     the empty prompt, which makes a picture depend on the others of its batch). Weights are applied as `emphasis` says:
 
+        context      z = z + (w - 1) (z - z'), z' the embeddings of the prompt without the words of weight w
         interpolate  z = e + w (z - e), e the empty prompt's embeddings (ComfyUI)
         mean         z = w z, then z = z mean(z before) / mean(z after) per chunk (A1111, modules/sd_emphasis.py)
         scale        z = w z ("No norm" there)
 
-    The default is "interpolate": it leaves tokens of weight 1 alone, weight 0 is the empty prompt, and it needs no
-    ratio of means: these are near 0 for encoders that end in a LayerNorm, and the ratio may then be anything.
+    The last three change a word's own tokens only, but a text transformer tells the tokens after a word what it read:
+    "red" of weight 0 still speaks through "apple" and the padding. The default, "context", takes that back too, at the
+    price of one more encoding for each weight; weight 0 is the prompt without the words. "mean" needs a ratio that
+    may be anything for encoders that end in a LayerNorm, as means are near 0 there.
 
     Args:
         encoders: joined along the channels.
@@ -172,17 +175,15 @@ def _chunks(encoder: PromptEncoder, line: Line) -> list[Row]:
 
 def _encode_rows(encoder: PromptEncoder, rows: list[Row], clip_skip: int | None, emphasis: Emphasis) -> Condition:
     """Encode the chunks of one prompt, weigh them, and lay them end to end: one row."""
-    tokenizer, length = tokenizer_of(encoder), encoder.max_length
-    ids, mask = tokenizer.frame([[index for index, _ in row] for row in rows], length)
-    condition = encoder.encode_ids(ids, mask, clip_skip=clip_skip)
+    condition = _encode_ids(encoder, rows, clip_skip)
     tokens = condition.slots()["tokens"]
-    weights = torch.ones(len(rows), length)
-    start = len(tokenizer.start_ids)
-    for number, row in enumerate(rows):
-        weights[number, start : start + len(row)] = torch.tensor([weight for _, weight in row])
-    weights = weights[:, : tokens.shape[1], None].to(tokens)
+    weights = _lay_out(encoder, [[weight for _, weight in row] for row in rows], 1.0)
     if bool((weights != 1).any()):
-        tokens = _emphasise(encoder, tokens, weights, clip_skip, emphasis)
+        if emphasis == "context":
+            tokens = _emphasise_in_context(encoder, tokens, rows, clip_skip)
+        else:
+            at_tokens = weights[:, : tokens.shape[1], None].to(tokens)
+            tokens = _emphasise(encoder, tokens, at_tokens, clip_skip, emphasis)
     kept = condition.token_mask
     return Condition(
         tokens=tokens.flatten(0, 1)[None],  # (1, chunks * L, D)
@@ -191,13 +192,45 @@ def _encode_rows(encoder: PromptEncoder, rows: list[Row], clip_skip: int | None,
     )
 
 
+def _lay_out(encoder: PromptEncoder, rows: list[list[float]], elsewhere: float) -> Tensor:
+    """Put a number for each token of each chunk where the token stands, (chunks, L)."""
+    laid = torch.full((len(rows), encoder.max_length), elsewhere)
+    start = len(tokenizer_of(encoder).start_ids)
+    for number, row in enumerate(rows):
+        laid[number, start : start + len(row)] = torch.tensor(row)
+    return laid
+
+
+def _encode_ids(encoder: PromptEncoder, rows: list[Row], clip_skip: int | None) -> Condition:
+    """Encode chunks as they are, without weights."""
+    ids, mask = tokenizer_of(encoder).frame([[index for index, _ in row] for row in rows], encoder.max_length)
+    return encoder.encode_ids(ids, mask, clip_skip=clip_skip)
+
+
+def _emphasise_in_context(encoder: PromptEncoder, tokens: Tensor, rows: list[Row], clip_skip: int | None) -> Tensor:
+    """Weigh what words change everywhere: the words themselves against nothing, all else against the prompt without.
+
+    Args:
+        tokens: of the whole prompt, (chunks, L, D).
+    """
+    empty = _encode_ids(encoder, [[]], clip_skip).slots()["tokens"]
+    found = tokens
+    for weight in sorted({weight for row in rows for _, weight in row} - {1.0}):
+        shorter = _encode_ids(encoder, [[pair for pair in row if pair[1] != weight] for row in rows], clip_skip)
+        gone = _lay_out(encoder, [[float(own == weight) for _, own in row] for row in rows], 0.0) == 1
+        gone = gone[:, : tokens.shape[1]].to(tokens.device)
+        place = (~gone).cumsum(dim=1) - 1  # of what stays, in the shorter prompt
+        without = shorter.slots()["tokens"].gather(1, place.clamp(min=0)[..., None].expand_as(tokens))
+        found = found + (weight - 1) * (tokens - torch.where(gone[..., None], empty, without))
+    return found
+
+
 def _emphasise(
     encoder: PromptEncoder, tokens: Tensor, weights: Tensor, clip_skip: int | None, emphasis: Emphasis
 ) -> Tensor:
     """Apply weights (chunks, L, 1) to tokens (chunks, L, D)."""
     if emphasis == "interpolate":
-        ids, mask = tokenizer_of(encoder).frame([[]], encoder.max_length)
-        empty = encoder.encode_ids(ids, mask, clip_skip=clip_skip).slots()["tokens"]
+        empty = _encode_ids(encoder, [[]], clip_skip).slots()["tokens"]
         return torch.where(weights == 1, tokens, empty + weights * (tokens - empty))
     scaled = tokens * weights
     if emphasis == "scale":

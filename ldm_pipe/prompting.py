@@ -30,7 +30,7 @@ SYNTAXES = ("plain", "weighted")
 class PromptSyntax:
     """How prompts are read; see `encode_weighted`."""
 
-    emphasis: Emphasis = "interpolate"
+    emphasis: Emphasis = "context"
     brackets: Brackets = "error"
 
     @classmethod

@@ -2,12 +2,13 @@
 
 What enters: a model folder. What leaves: a plot and a JSON file of the shares of red pixels, by weight and emphasis.
 
-    python scripts/plot_prompt_weights.py --model runs/emoji/diffusion/pipeline --output docs/images/prompt-weights.png
+    python scripts/plot_prompt_weights.py --output docs/images/prompt-weights.png
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import LatentDiffusionPipeline
+from ldm_pipe.pretrained import atomic_write
 
-WEIGHTS = (0.0, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0)
-PROMPTS = ("(red:{w}) apple", "(red:{w}) heart", "(red:{w}) car", "(red:{w}) balloon")
-EMPHASES = ("interpolate", "scale")
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+PROMPTS = ("(red:{w}) apple", "(red:{w}) circle", "(red:{w}) square", "(red:{w}) green apple")
+EMPHASES = ("context", "interpolate", "scale")
 
 
 def red_share(images: Tensor) -> Tensor:
@@ -38,36 +40,39 @@ def red_share(images: Tensor) -> Tensor:
     return is_red.sum(dim=(1, 2)) / drawn.sum(dim=(1, 2)).clamp(min=1)
 
 
-def measure(pipe: LatentDiffusionPipeline, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the mean share for each weight, by emphasis; every weight is drawn from the same seeds."""
-    seeds = list(range(args.num_images))
-    found: dict[str, list[float]] = {}
+def measure(pipe: LatentDiffusionPipeline, args: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Return the mean share of each prompt for each weight, by emphasis; every weight is drawn from the same seeds."""
+    seeds, found = list(range(args.num_images)), {}
     for emphasis in EMPHASES:
         found[emphasis] = []
         for weight in WEIGHTS:
-            shares = []
-            for prompt in PROMPTS:
-                images: Any = pipe(
-                    prompt.format(w=weight), num_images_per_prompt=args.num_images, seed=seeds, output_type="pt",
-                    num_inference_steps=args.steps, prompt_syntax={"emphasis": emphasis},
-                ).images  # fmt: skip
-                shares.append(red_share(images).mean())
-            found[emphasis].append(float(torch.stack(shares).mean()))
+            images: Any = pipe(
+                [prompt.format(w=weight) for prompt in PROMPTS], num_images_per_prompt=args.num_images,
+                seed=seeds * len(PROMPTS), output_type="pt", num_inference_steps=args.steps,
+                prompt_syntax={"emphasis": emphasis},
+            ).images  # fmt: skip
+            found[emphasis].append(red_share(images).reshape(len(PROMPTS), -1).mean(dim=1).tolist())
     return found
 
 
-def plot(found: dict[str, list[float]], path: Path) -> None:
-    """Draw one line per emphasis."""
-    import matplotlib.pyplot as plt
+def plot(found: dict[str, list[list[float]]], path: Path) -> None:
+    """Draw one line per emphasis, the mean of all prompts, and thin ones for the prompts."""
+    import matplotlib as mpl
 
-    figure, axes = plt.subplots(figsize=(5, 3.5))
-    for emphasis, shares in found.items():
-        axes.plot(WEIGHTS, shares, marker="o", label=emphasis)
-    axes.set(xlabel='weight of "red"', ylabel="share of red pixels", ylim=(0, None))
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    for emphasis, rows in found.items():
+        shares = torch.tensor(rows)  # (W, P)
+        (line,) = axes.plot(WEIGHTS, shares.mean(dim=1), marker="o", label=emphasis)
+        axes.plot(WEIGHTS, shares, color=line.get_color(), alpha=0.25, linewidth=1)
+    axes.set(xlabel='weight of "red"', ylabel="share of red pixels", ylim=(0, 1))
     axes.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+    atomic_write(path, buffer.getvalue())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(pipe, args)
     plot(found, args.output)
     facts = {"weights": WEIGHTS, "prompts": PROMPTS, "images": args.num_images, "steps": args.steps, "red": found}
-    args.output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    for emphasis, shares in found.items():
-        print(emphasis, *(f"{w:g}: {share:.3f}" for w, share in zip(WEIGHTS, shares, strict=True)))
+    atomic_write(args.output.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+    for emphasis, rows in found.items():
+        print(emphasis, *(f"{w:g}: {sum(row) / len(row):.3f}" for w, row in zip(WEIGHTS, rows, strict=True)))
     return 0
 
 

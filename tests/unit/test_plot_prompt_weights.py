@@ -38,4 +38,4 @@ def test_the_script_draws_a_plot(tmp_path: Path) -> None:
     assert module.main(["--model", model, *options]) == 0
     assert (tmp_path / "red.png").read_bytes()[:4] == b"\x89PNG"
     found = json.loads((tmp_path / "red.json").read_text())["red"]
-    assert {name: len(shares) for name, shares in found.items()} == {"interpolate": 2, "scale": 2}
+    assert {name: len(shares) for name, shares in found.items()} == {"context": 2, "interpolate": 2, "scale": 2}

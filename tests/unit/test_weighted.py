@@ -84,7 +84,27 @@ def test_a_weight_acts_on_its_tokens(emphasis: str) -> None:
 
 def test_weight_zero_is_the_empty_prompt() -> None:
     inside = slice(1, 1 + len(TOKENIZER.pieces("red").ids))
-    assert torch.allclose(tokens("(red:0) apple")[:, inside], tokens("")[:, inside], atol=1e-6)
+    for emphasis in ("interpolate", "context"):
+        assert torch.allclose(tokens("(red:0) apple", emphasis=emphasis)[:, inside], tokens("")[:, inside], atol=1e-5)
+
+
+def test_weight_zero_in_context_is_the_prompt_without_the_word() -> None:
+    num = len(TOKENIZER.pieces("green").ids)
+    found, without = tokens("(green:0) apple"), tokens("apple")
+    assert torch.allclose(found[:, :1], without[:, :1], atol=1e-5)  # the start
+    assert torch.allclose(found[:, 1 + num :], without[:, 1 : 12 - num], atol=1e-5)  # apple, end and padding
+    assert not torch.allclose(tokens("(green:0) apple", emphasis="interpolate")[:, 1 + num :], without[:, 1 : 12 - num])
+    second = tokens("red BREAK (green:0) apple")[:, 12:]
+    assert torch.allclose(second, found, atol=1e-5)
+
+
+def test_weights_in_context_add_up() -> None:
+    plain = tokens("red apple")
+    one, other = tokens("(red:0.5) apple") - plain, tokens("red (apple:1.5)") - plain
+    assert torch.allclose(tokens("(red:0.5) (apple:1.5)"), plain + one + other, atol=1e-4)
+    assert torch.allclose(tokens("(red:2) apple") - plain, -2 * one, atol=1e-4)
+    assert one[:, 1:].abs().amax(dim=2).min() > 1e-4  # every token but the start had read "red"
+    assert one[:, 0].abs().max() < 1e-6
 
 
 def test_restoring_a_mean_of_zero_is_refused() -> None:
