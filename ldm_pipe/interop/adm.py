@@ -98,7 +98,7 @@ def read_shape(tensors: Mapping[str, Tensor], where: str) -> Shape:
     if "out.2.weight" not in tensors or "output_blocks.0.0.in_layers.2.weight" not in tensors:
         what = "the file has no way up: it is a classifier, or another network"
         raise LdmPipeError(
-            what, where, "Diffusion models are read; neither ldm_pipe nor diffusers has this classifier."
+            what, where, "Diffusion models are read, and classifiers that end in attention over all positions."
         )
     blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("output_blocks.")}
     grown = [
@@ -237,6 +237,10 @@ def import_adm(
     if target.exists():
         raise LdmPipeError("exists already", str(target), "Give another folder.")
     tensors = load_checkpoint(source) if tensors is None else tensors
+    from ldm_pipe.interop.adm_classifier import import_adm_classifier, is_classifier
+
+    if is_classifier(tensors):
+        return import_adm_classifier(source, target, tensors, head_width=heads.width if heads else None)
     shape = read_shape(tensors, where)
     law = None
     if heads is None:
