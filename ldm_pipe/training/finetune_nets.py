@@ -99,7 +99,7 @@ class Trained:
             save_lora(folder / LORA_FILE, self.lora.layers())
         if self.word is not None:
             self.word.write()
-            save_word(folder / WORD_FILE, self.word.name, [vector.detach() for vector in self.word.vectors])
+            save_word(folder / WORD_FILE, self.word.name, self.word.vectors)
         with self.merged():
             self.pipe.save_pretrained(folder / "pipeline", card=card)
 

@@ -19,6 +19,7 @@ from ldm_pipe.pretrained import LdmPipeError, load_tensors
 from ldm_pipe.training.finetune_nets import LORA_FILE, WORD_FILE
 from ldm_pipe.training.loop import Micro
 from tests.finetuning import TINY, make_pictures, start
+from tests.single_files import make_folder
 from tests.training import assert_same_bits, whole_state
 
 WORD = {"method": "textual_inversion", "placeholder_token": "<x>", "initializer_token": "apple", "num_vectors": 2}
@@ -152,6 +153,21 @@ def test_class_pictures_are_drawn_once(tmp_path: Path) -> None:
     assert len(times) == 3
     start(tmp_path, **METHODS["dreambooth"])
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+
+
+@pytest.mark.parametrize(("family", "method"), [("sdxl", "lora-encoder"), ("sdxl", "word"), ("sd2", "full")])
+def test_other_families_are_fine_tuned(family: str, method: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", family)
+    changes = {**METHODS[method], "pretrained_model_name_or_path": str(folder), "initializer_token": "a"}
+    changes = changes if method == "word" else {**changes, "initializer_token": None}
+    trainer, trained, _ = start(tmp_path, max_train_steps=2, data={"random_flip": True}, **changes)
+    trainer.fit()
+    after = LatentDiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert len(after.text_encoders) == (2 if family == "sdxl" else 1)
+    if trained.lora is not None:
+        assert {part for part, _ in trained.lora.places} == {"unet", "text_encoder", "text_encoder_2"}
+    if trained.word is not None:
+        assert [v.shape for v in read_vectors(tmp_path / "run" / WORD_FILE)[1]] == [(2, 32), (2, 48)]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
