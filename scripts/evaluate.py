@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py autoencoder --model runs/emoji/autoencoder/vae --output runs/emoji/evaluation/autoencoder
     python scripts/evaluate.py retrieval --guidance_scale 1 2 3 4 5 7 10 --output runs/emoji/evaluation/retrieval
+    python scripts/evaluate.py style --lora runs/emoji/finetune/lora.safetensors --output runs/emoji/evaluation/style
     python scripts/evaluate.py sheet --output docs/images
     python scripts/evaluate.py mask --model runs/emoji/diffusion_mask --output runs/emoji/evaluation/mask
     python scripts/evaluate.py inversion --output runs/emoji/evaluation/inversion
@@ -14,10 +15,6 @@ hash, hardware and time, sheets of pictures, a plot, and rows for docs/results.m
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,15 +35,16 @@ from ldm_pipe.metrics.inversion import measure_inversion
 from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
 from ldm_pipe.metrics.mask import measure_masks
 from ldm_pipe.metrics.reconstruction import report_reconstruction
+from ldm_pipe.metrics.report import plot_rates, save_picture, write_results
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
+from ldm_pipe.metrics.style import StyleClassifier, load_or_fit
 from ldm_pipe.pipeline import LatentDiffusionPipeline
-from ldm_pipe.pretrained import LdmPipeError, atomic_write
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import Variance
 from ldm_pipe.training.beside import read_masks
 from ldm_pipe.training.config import DataConfig, run_script
-from ldm_pipe.training.environment import git_commit, hardware
 
-NOTO = "data/emoji/data/noto"
+NOTO, FLAT = "data/emoji/data/noto", "data/emoji/data/twemoji"
 PLAIN = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": False}
 SEED = 0
 NUM_SHEET = 16
@@ -65,21 +63,25 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--num_images", type=int, help="only the first so many of each set (a quick look)")
     rebuild.set_defaults(run=run_autoencoder)
     retrieve = kinds.add_parser("retrieval", help="how often the nearest drawing is of the right concept")
+    style = kinds.add_parser("style", help="retrieval among the flat drawings, and how flat the pictures look")
+    style.add_argument("--classifier", default="runs/emoji/style", help="folder; fitted there if it is not there yet")
     sheet = kinds.add_parser("sheet", help="one labelled sheet of uncurated pictures")
-    retrieve.add_argument("--num_prompts", type=int, default=200, help="captions, chosen by hash (default 200)")
-    retrieve.set_defaults(run=run_retrieval)
+    retrieve.set_defaults(run=run_retrieval, classifier=None)
+    style.set_defaults(run=run_retrieval)
     sheet.set_defaults(run=run_sheet)
-    retrieve.add_argument(
-        "--answer_column", default="concept", help="what the nearest drawing must share (default concept)"
-    )
-    for one in (retrieve, sheet):
+    for one in (retrieve, style):
+        one.add_argument("--num_prompts", type=int, default=200, help="captions, chosen by hash (default 200)")
+        one.add_argument("--answer_column", default="concept", help="what the nearest drawing must share (concept)")
+    for one in (retrieve, style, sheet):
+        one.add_argument("--lora", nargs="+", default=[], help="LoRA files or folders to draw with")
+        one.add_argument("--prompt_suffix", default="", help="words put behind every prompt, such as ', <flat>'")
         one.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
         one.add_argument("--prompt_column", default="caption", help="for a model of labels: their column")
         one.add_argument("--num_inference_steps", type=int, help="default: the model's")
         one.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m; default: the model's")
         how = (
             {"nargs": "+", "help": "one, or several to compare"}
-            if one is retrieve
+            if one is not sheet
             else {"help": "default: the model's"}
         )
         one.add_argument("--guidance_scale", type=float, **how)  # pyright: ignore[reportArgumentType]
@@ -103,33 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     mask.add_argument("--num_inference_steps", type=int, default=20, help="default 20")
     mask.add_argument("--guidance_scale", type=float, nargs="+", default=[4.0], help="default 4")
     mask.set_defaults(run=run_mask, sampler=None)
-    for one in (rebuild, retrieve, sheet, invert, mask):
-        one.add_argument("--train_file", default=f"{NOTO}/train.parquet", help="parquet file of the training drawings")
-    for one in (rebuild, retrieve, sheet, bits, invert, mask):
+    for one in (rebuild, retrieve, style, sheet, invert, mask):
+        where = FLAT if one is style else NOTO
+        one.add_argument("--train_file", default=f"{where}/train.parquet", help="parquet file of the drawings")
+    for one in (rebuild, retrieve, style, sheet, bits, invert, mask):
         one.add_argument("--batch_size", type=int, default=20, help="pictures at once (default 20)")
         one.add_argument("--device", help="default: a GPU if there is one")
         one.add_argument("--output", required=True, type=Path, help="folder for results.json and the pictures")
     return parser
-
-
-def write_results(args: argparse.Namespace, device: torch.device, facts: dict[str, Any], began: float) -> None:
-    """Write `results.json`: what was measured, and everything needed to measure it again."""
-    report = {
-        "command": "python " + shlex.join(sys.argv),
-        "commit": git_commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "hardware": hardware(device),
-        "seconds": round(time.perf_counter() - began, 1),
-        **facts,
-    }
-    atomic_write(args.output / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    atomic_write(path, buffer.getvalue())
 
 
 def load_plain(path: str) -> Records:
@@ -184,7 +167,7 @@ def run_autoencoder(args: argparse.Namespace, device: torch.device) -> None:
         save_picture(make_grid([to_pil(picture) for picture in shown], min(12, len(shown))), path)
     size = sum(p.numel() for p in autoencoder.parameters())
     facts = {"model": args.model, "autoencoder_hash": module_hash(autoencoder), "resolution": resolution}
-    write_results(args, device, {**facts, "num_parameters": size, "results": results}, began)
+    write_results(args.output, device, {**facts, "num_parameters": size, "results": results}, began)
 
 
 # -- pictures from prompts ---------------------------------------------------------------------------------------
@@ -193,6 +176,8 @@ def run_autoencoder(args: argparse.Namespace, device: torch.device) -> None:
 def load_model(args: argparse.Namespace, device: torch.device) -> LatentDiffusionPipeline:
     """Load the pipeline that draws."""
     pipe = LatentDiffusionPipeline.from_pretrained(args.model)
+    for file in getattr(args, "lora", []):
+        pipe.load_lora_weights(file)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -223,6 +208,7 @@ def drawing_facts(args: argparse.Namespace, pipe: LatentDiffusionPipeline) -> di
     hashes = {name: module_hash(module) for name, module in pipe.components.items()}
     return {
         "model": args.model,
+        "lora": getattr(args, "lora", []),
         "model_hash": pipe.model_hash,
         "hashes": hashes,
         "seed": SEED,
@@ -231,21 +217,40 @@ def drawing_facts(args: argparse.Namespace, pipe: LatentDiffusionPipeline) -> di
     }
 
 
+def read_prompts(args: argparse.Namespace, records: Records, rows: list[int]) -> list[str]:
+    """Return what is asked for."""
+    texts = records.column(args.prompt_column)
+    return [texts[row] + args.prompt_suffix for row in rows]
+
+
+def load_style(args: argparse.Namespace, pipe: LatentDiffusionPipeline) -> StyleClassifier | None:
+    """Load the classifier of the evaluation, or fit it to drawings rebuilt by the model's autoencoder."""
+    if args.classifier is None:
+        return None
+    side, vae = pipe.defaults.height or 64, pipe.autoencoder
+    found = load_or_fit(args.classifier, lambda x: vae.decode(vae.encode(x.to(vae.device))), Path(FLAT).parent, side)
+    print(f"style classifier on unseen drawings, and on those rebuilt: {found.config['drawings']}, ", end="")
+    print(found.config["rebuilt"])
+    return found
+
+
 def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
     """Draw what captions ask for, and look for the right concept among the drawings nearest to each picture."""
     began = time.perf_counter()
     records = load_plain(args.train_file)
     rows = asked(records, args.num_prompts)
     captions, concepts = [records.captions[row] for row in rows], records.column(args.answer_column)
-    prompts, wanted = [records.column(args.prompt_column)[row] for row in rows], [concepts[row] for row in rows]
+    prompts, wanted = read_prompts(args, records, rows), [concepts[row] for row in rows]
     pipe = load_model(args, device)
     references = torch.cat([thumbnails(to_tensor(records.image(row))[None]) for row in range(len(records))])
     scales = sorted(set(args.guidance_scale)) if args.guidance_scale else [pipe.defaults.guidance_scale or 7.5]
     columns = {"prompt_column": args.prompt_column, "answer_column": args.answer_column}
+    judge = load_style(args, pipe)
     facts = {**drawing_facts(args, pipe), **columns, "num_prompts": len(prompts), "num_drawings": len(records)}
+    facts |= {"prompt_suffix": args.prompt_suffix, "classifier": judge and dict(judge.config)}
     results = []
     print(f"{len(prompts)} prompts, {len(records)} drawings, {facts['sampler']}, {facts['num_inference_steps']} steps")
-    print("| guidance | top 1 | top 5 | seconds |\n|---|---|---|---|")
+    print("| guidance | top 1 | top 5 | seconds | style |\n|---|---|---|---|---|")
     for scale in scales:
         start = time.perf_counter()
         pictures = draw(pipe, prompts, args, scale)
@@ -253,32 +258,15 @@ def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
         vectors = torch.cat([thumbnails(to_tensor(picture)[None]) for picture in pictures])
         ranks = concept_ranks(vectors, wanted, references, concepts)
         first, five = hit_rate(ranks, 1), hit_rate(ranks, 5)
-        row = {"guidance_scale": scale, "top1": first, "top5": five, "seconds": round(seconds, 1)}
+        style = judge and round(float(judge(torch.stack([to_tensor(picture) for picture in pictures])).mean()), 4)
+        row = {"guidance_scale": scale, "top1": first, "top5": five, "seconds": round(seconds, 1), "style": style}
         results.append({**row, "ranks": dict(zip(captions, ranks.tolist(), strict=True))})
-        print(f"| {scale:g} | {first:.3f} | {five:.3f} | {seconds:.0f} |", flush=True)
+        print(
+            f"| {scale:g} | {first:.3f} | {five:.3f} | {seconds:.0f} | {'-' if style is None else style} |", flush=True
+        )
         save_picture(make_grid(pictures, 20), args.output / f"pictures-{scale:g}.png")
-        write_results(args, device, {**facts, "results": results}, began)
-    plot(results, args.output / "guidance.png", f"{len(prompts)} prompts, {len(records)} drawings")
-
-
-def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw both hit rates over the guidance scale."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.2))
-    scales = [row["guidance_scale"] for row in results]
-    axes.plot(scales, [row["top5"] for row in results], "s--", label="among the first five")
-    axes.plot(scales, [row["top1"] for row in results], "o-", label="first")
-    axes.set(xlabel="guidance scale", ylabel="right concept", ylim=(0, 1), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    atomic_write(path, buffer.getvalue())
+        write_results(args.output, device, {**facts, "results": results}, began)
+    plot_rates(results, args.output / "guidance.png", f"{len(prompts)} prompts, {len(records)} drawings")
 
 
 def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
@@ -287,7 +275,7 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
     records = load_plain(args.train_file)
     rows = asked(records, NUM_SHEET)
     captions = [records.captions[row] for row in rows]
-    prompts = [records.column(args.prompt_column)[row] for row in rows]
+    prompts = read_prompts(args, records, rows)
     pipe = load_model(args, device)
     pictures = draw(pipe, prompts, args, args.guidance_scale)
     if pictures[0].width < 128:
@@ -296,7 +284,9 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
     path = args.output / "sheet.png"
     save_picture(make_grid(pictures, 8, labels=captions), path)
     scale = args.guidance_scale or pipe.defaults.guidance_scale or 7.5
-    write_results(args, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began)
+    write_results(
+        args.output, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began
+    )
     print(path)
 
 
@@ -325,7 +315,7 @@ def run_inversion(args: argparse.Namespace, device: torch.device) -> None:
         print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
         sheets += found.images
     save_picture(make_grid(sheets, len(prompts)), args.output / "inversion.png")
-    write_results(args, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": rows}, began)
+    write_results(args.output, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": rows}, began)
 
 
 def run_mask(args: argparse.Namespace, device: torch.device) -> None:
@@ -346,7 +336,7 @@ def run_mask(args: argparse.Namespace, device: torch.device) -> None:
         lines = (masks, report.own_images, masks.roll(-1, dims=0), report.swapped_images)
         shown = [to_pil(2 * one - 1) for line in lines for one in line.expand(-1, 3, -1, -1)[:NUM_SHEET]]
         save_picture(make_grid(shown, min(NUM_SHEET, len(prompts))), args.output / f"masks-{scale:g}.png")
-    write_results(args, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": results}, began)
+    write_results(args.output, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": results}, began)
 
 
 # -- likelihood --------------------------------------------------------------------------------------------------
@@ -365,7 +355,7 @@ def run_bits(args: argparse.Namespace, device: torch.device) -> None:
         results = measure_bits(pipe, records, **settings, batch_size=args.batch_size, progress=done)
     what = "differential entropy of the latents" if args.bin_width is None else "code of the rounded latents"
     facts = {"model": args.model, "model_hash": pipe.model_hash, "num_drawings": len(records), "bounds": what}
-    write_results(args, device, {**facts, **settings, "results": results}, began)
+    write_results(args.output, device, {**facts, **settings, "results": results}, began)
     print(f"upper bound on the {what}, {len(records)} drawings, {settings['num_steps']} steps")
     print("| bits/dim | prior | steps | decoder |\n|---|---|---|---|")
     print("| " + " | ".join(f"{results[name]:.4f}" for name in ("bits_per_dim", "prior", "steps", "decoder")) + " |")

@@ -1,0 +1,67 @@
+"""What an evaluation leaves behind: `results.json` with everything needed to measure again, and pictures.
+
+Facts and pictures enter; files leave, each whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ldm_pipe.pretrained import atomic_write
+from ldm_pipe.training.environment import git_commit, hardware
+
+
+def write_results(folder: Path, device: torch.device, facts: dict[str, Any], began: float) -> None:
+    """Write `results.json`: the facts, with command, commit, date, hardware and time.
+
+    Args:
+        folder: of the evaluation.
+        device: on which it ran.
+        facts: what was measured.
+        began: reading of `time.perf_counter()` at the start.
+    """
+    report = {
+        "command": "python " + shlex.join(sys.argv),
+        "commit": git_commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": hardware(device),
+        "seconds": round(time.perf_counter() - began, 1),
+        **facts,
+    }
+    atomic_write(folder / "results.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    atomic_write(path, buffer.getvalue())
+
+
+def plot_rates(results: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw both hit rates over the guidance scale."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.2))
+    scales = [row["guidance_scale"] for row in results]
+    axes.plot(scales, [row["top5"] for row in results], "s--", label="among the first five")
+    axes.plot(scales, [row["top1"] for row in results], "o-", label="first")
+    axes.set(xlabel="guidance scale", ylabel="right concept", ylim=(0, 1), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    atomic_write(path, buffer.getvalue())
