@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from conditioning import Condition
+from conditioning.joined import join_all
 from conditioning.sizes import check_pair, score_condition, size_condition
 from ldm_pipe.interop.index import NUMBERS_SCORE, num_numbers
 from ldm_pipe.outputs import real_number
@@ -36,18 +37,22 @@ def check_beside(
 
     Returns: what is joined to the conditions of the prompts, and of the negative prompts.
     """
-    labels, null_labels = _check_sizes(pipe, given, size)
-    maps, null_maps = _check_maps(pipe, given, count, num_prompts, size)
+    sizes = tuple(None if one is None else one.repeat(count) for one in _check_sizes(pipe, given, size))
+    classes = _check_classes(pipe, given, count, num_prompts)
+    maps = _check_maps(pipe, given, count, num_prompts, size)
 
-    def joined(one: Condition | None, other: Condition | None) -> Condition | None:
-        one = None if one is None else one.repeat(count)
-        return other if one is None else one if other is None else one.join(other)
+    def joined(conditions: tuple[Condition | None, ...]) -> Condition | None:
+        found = [condition for condition in conditions if condition is not None]
+        return join_all(found) if found else None
 
-    return joined(labels, maps), joined(null_labels, null_maps)
+    said, null = zip(sizes, classes, maps, strict=True)
+    return joined(said), joined(null)
 
 
 def default_sizes(pipe: LatentDiffusionPipeline, size: tuple[int, int]) -> Condition | None:
-    """Return what is said of sizes where nothing is asked for, one row; None for a U-Net that reads none."""
+    """Return what is said of sizes or classes where nothing is asked for, one row; None for a U-Net that reads none."""
+    if pipe.labels is not None:
+        return pipe.labels.condition([None])
     return _check_sizes(pipe, dict.fromkeys(_names()), size)[0]
 
 
@@ -60,7 +65,7 @@ def _check_sizes(pipe: LatentDiffusionPipeline, given: Mapping[str, Any], size: 
     """Settle the numbers of SDXL: one row each.
 
     What is not said of the negative prompt is what is said of the prompt; only its crop is (0, 0) where anything else
-    is said, as in diffusers.
+    is said, as in diffusers, whose image to image with sizes keeps the crop.
     """
     count = num_numbers(pipe.unet, pipe.text_encoders)
     scored = count == NUMBERS_SCORE
@@ -78,7 +83,8 @@ def _check_sizes(pipe: LatentDiffusionPipeline, given: Mapping[str, Any], size: 
         return default if given[name] is None else check_pair(name, given[name], least=0 if "crop" in name else 1)
 
     original, crop, target = (pair(name, (0, 0) if "crop" in name else size) for name in SIZES)
-    other = scored or any(given[name] is not None for name in _names() if name.startswith("negative_"))
+    other = any(given[name] is not None for name in _names() if name.startswith("negative_"))
+    other = scored or (other and given.get("image") is None)
     null_crop = pair("negative_crops_coords_top_left", (0, 0) if other else crop)
     null_original = pair("negative_original_size", original)
     if not scored:
@@ -93,6 +99,21 @@ def _check_sizes(pipe: LatentDiffusionPipeline, given: Mapping[str, Any], size: 
         score_condition([original], [crop], [scores[0]]),
         score_condition([null_original], [null_crop], [scores[1]]),
     )
+
+
+def _check_classes(pipe: LatentDiffusionPipeline, given: Mapping[str, Any], count: int, num_prompts: int) -> Beside:
+    """Read `class_labels`: names or numbers, one for all or one for each prompt; None is no class."""
+    asked = given["class_labels"]
+    if pipe.labels is None:
+        if asked is not None:
+            raise LdmPipeError("class_labels is given, but this model knows no classes", how_to_fix="leave it out")
+        return None, None
+    labels = list(asked) if isinstance(asked, (list, tuple)) else [asked]
+    if len(labels) not in (1, num_prompts):
+        what = f"{len(labels)} class_labels for {num_prompts} prompts"
+        raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
+    condition = pipe.labels.condition(labels).repeat(count // len(labels))
+    return condition, pipe.labels.null(condition)
 
 
 def _check_maps(

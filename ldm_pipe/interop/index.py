@@ -57,7 +57,10 @@ PARTS = {
         "ClassNames",
     ),
 }
-IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker", "depth_estimator")
+IGNORED = (
+    "safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker", "depth_estimator",
+    "add_watermarker",
+)  # fmt: skip
 XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 MAX_ENCODERS = 4
 SECOND = "text_encoder_2"
@@ -161,6 +164,8 @@ def num_numbers(unet: UNet, encoders: Sequence[AnyTextEncoder]) -> int:
 def pipeline_class(parts: Parts) -> str:
     """Return the pipeline of diffusers that reads these parts as we do, or `OWN` if none does."""
     encoders, channels = parts.text_encoders, parts.autoencoder.latent_channels
+    if parts.labels is not None:
+        return OWN
     inpainting = parts.unet.config.in_channels == 2 * channels + 1 and parts.spatial is None
     if _is_ldm_bert(parts):
         return LDM

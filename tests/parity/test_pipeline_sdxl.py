@@ -114,6 +114,7 @@ def test_image_to_image(base: tuple[Any, LatentDiffusionPipeline], strength: flo
     pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**theirs.components, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     call = {**CALL, "prompt": "red apple", "image": image(), "strength": strength, "original_size": (40, 50)}
+    call |= {"crops_coords_top_left": (8, 40), "negative_original_size": (512, 64)}
     wanted = pipe(**call, generator=generator()).images
     assert difference(ours(**call, generator=generator()).images, wanted) <= 1e-4
 
@@ -194,6 +195,19 @@ def test_depth(tmp_path: Path, strength: float) -> None:
     again = load(tmp_path / "b", **nobody)
     again.set_progress_bar_config(disable=True)
     assert difference(again(**call, generator=generator()).images, wanted) <= 1e-4
+
+
+def test_default_reload_has_one_dtype(base: tuple[Any, LatentDiffusionPipeline], tmp_path: Path) -> None:
+    """FAULTS 22: a bf16 export reloads as parts of several dtypes, and fails on the first call."""
+    base[1].save_pretrained(tmp_path, dtype=torch.bfloat16)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path, add_watermarker=False)
+    nets = [part for part in theirs.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(nets) == 4
+    assert {net.dtype for net in nets} == {torch.float32}
+    theirs.set_progress_bar_config(disable=True)
+    call = {**CALL, "prompt": "red apple", "latents": latents()}
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    assert difference(ours(**call).images, theirs(**call).images) <= 1e-4
 
 
 SAVED = {

@@ -18,6 +18,7 @@ from conditioning import (
     TransformerTextEncoder,
     load_concept,
     load_text_encoder,
+    score_condition,
     size_condition,
 )
 from conditioning.joined import drop_each, drop_masks, join_all
@@ -265,6 +266,9 @@ def test_sizes_and_crops() -> None:
     for bad in ([(0, 5)], [(5, 5.0)], [(5,)], [(5, 5), (5, 5)]):
         with pytest.raises(LdmPipeError, match="size_condition"):
             size_condition(bad, [(0, 0)], [(8, 8)])  # type: ignore[arg-type]
+    assert score_condition([(512, 768)], [(0, 16)], [6.5]).slots()["labels"].tolist() == [[512, 768, 0, 16, 6.5]]
+    with pytest.raises(LdmPipeError, match="score"):
+        score_condition([(512, 768)], [(0, 16)], [float("nan")])
 
 
 # Maps
