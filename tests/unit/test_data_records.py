@@ -233,6 +233,41 @@ def test_missing_null_doubled_and_absent_rows_are_each_counted(tmp_path: Path) -
     assert len(load_records(write_folder(tmp_path / "plain", 8, lines[:1]), caption_column=None)) == 8
 
 
+def test_several_captions_come_from_a_list_column_or_from_lines(tmp_path: Path) -> None:
+    table = [
+        {"image": {"bytes": picture(0), "path": None}, "text": ["one", None, "two", "one"]},
+        {"image": {"bytes": picture(1), "path": None}, "text": ["three"]},
+        {"image": {"bytes": picture(2), "path": None}, "text": [None, " "]},
+    ]
+    records = load_records(write_parquet(tmp_path / "a.parquet", table), max_bad_fraction=1)
+    assert records.caption_lists == [["one", "two"], ["three"]]
+    assert records.captions == ["one", "three"]
+    assert records.report.counts == {"null caption": 1}
+    assert records.report.notes == {"blank or repeated one of several captions": 1}
+    folder = write_folder(tmp_path / "set", 2, [])
+    (folder / "metadata.jsonl").unlink()
+    (folder / "0.txt").write_text("one\n\n  two \n", encoding="utf-8")
+    (folder / "1.txt").write_text("three\n", encoding="utf-8")
+    beside = load_records(folder)
+    assert beside.caption_lists == records.caption_lists
+    (folder / "0.txt").write_text("one\nzwei\n", encoding="utf-8")
+    assert load_records(folder).fingerprint != beside.fingerprint, "any of the captions counts"
+    wrong = [{"file_name": "0.png", "text": ["a", 5]}, {"file_name": "1.png", "text": "b"}]
+    report = load_records(write_folder(tmp_path / "wrong", 2, wrong), max_bad_fraction=1).report
+    assert "one of the captions is int" in str(report.problems[0])
+
+
+def test_sizes_are_those_of_the_upright_pictures(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tmp_path.joinpath("set").mkdir()
+    Image.new("RGB", (8, 4)).save(tmp_path / "set" / "a.png")
+    Image.new("RGB", (8, 4)).save(tmp_path / "set" / "b.png", exif=exif)
+    for check_images in (True, False):
+        records = load_records(tmp_path / "set", caption_column=None, check_images=check_images)
+        assert records.sizes == [(4, 8), (8, 4)]
+
+
 def test_same_picture_under_other_captions_is_kept(tmp_path: Path) -> None:
     table = [
         {"image": {"bytes": picture(1), "path": None}, "text": text}
@@ -320,27 +355,28 @@ def bad_rows(number: int) -> list[tuple[dict[str, Any], str]]:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_one_percent_bad_of_14_kinds_is_used_and_reported_to_the_row(tmp_path: Path) -> None:
-    """Fault 45 with 1,400 rows: 14 bad ones, none of them a crash, each with its reason; one more bad row stops it."""
+@pytest.mark.parametrize(("num", "num_bad"), [(1400, 14), pytest.param(10_000, 100, marks=pytest.mark.slow)])
+def test_one_percent_bad_of_14_kinds_is_used_and_reported_to_the_row(tmp_path: Path, num: int, num_bad: int) -> None:
+    """Fault 45: 1 % bad rows, none of them a crash, each with its reason; one more bad row stops it."""
     table: list[dict[str, Any]] = [
-        {"image": {"bytes": picture(i), "path": None}, "text": f"good {i}"} for i in range(1386)
+        {"image": {"bytes": picture(i), "path": None}, "text": f"good {i}"} for i in range(num - num_bad)
     ]
     rng = random.Random(0)
     reasons = {}
-    for position, (row, reason) in zip(sorted(rng.sample(range(1400), 14)), bad_rows(14), strict=True):
+    for position, (row, reason) in zip(sorted(rng.sample(range(num), num_bad)), bad_rows(num_bad), strict=True):
         table.insert(position, row)
         reasons[position] = reason
     path = write_parquet(tmp_path / "data.parquet", table)
     records = load_records(path)
-    assert (len(records), records.report.num_rows) == (1386, 1400)
-    assert sorted(records.captions) == sorted(f"good {i}" for i in range(1386))
+    assert (len(records), records.report.num_rows) == (num - num_bad, num)
+    assert sorted(records.captions) == sorted(f"good {i}" for i in range(num - num_bad))
     found = {int(problem.where.rpartition("row ")[2]): str(problem) for problem in records.report.problems}
     assert set(found) == set(reasons)
     for position, reason in reasons.items():
         assert reason in found[position]
     assert records.fingerprint == load_records(path).fingerprint
     write_parquet(path, [*table, bad_rows(1)[0][0]])
-    with pytest.raises(LdmPipeError, match="15 of 1401 rows"):
+    with pytest.raises(LdmPipeError, match=f"{num_bad + 1} of {num + 1} rows"):
         load_records(path)
 
 
