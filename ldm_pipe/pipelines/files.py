@@ -6,6 +6,7 @@ are looked up in the fixed lists below; nothing in a folder can name code to run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ from ldm_pipe.interop.folder import (
     find_folder,
     read_own,
 )
+from ldm_pipe.interop.pickles import without_pickles
 from ldm_pipe.outputs import Defaults, Thresholding
 from ldm_pipe.placement import read_dtype
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
@@ -117,21 +119,37 @@ def read_index(root: Path, known: Iterable[str]) -> Mapping[str, Any]:
 
 
 def load(
-    name: str | Path | None, known: Iterable[str], *, dtype: Any = None, variant: str | None = None, **source: Any
+    name: str | Path | None,
+    known: Iterable[str],
+    *,
+    torch_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> Loaded:
-    """Load every part of a folder strictly, all in one dtype (None: float32).
+    """Load every part of a folder strictly; arguments are those of `LatentDiffusionPipeline.from_pretrained`.
 
     Args:
         name: a folder, or a model of the hub.
         known: the classes of `model_index.json` that fit.
-        source: local_files_only, revision.
     Raises: LdmPipeError naming file and cause.
     """
     if name is None:
         raise LdmPipeError("no model named", how_to_fix="Give a folder or a hub id.")
+    if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
+        raise LdmPipeError(f"dtype {dtype} and torch_dtype {torch_dtype} differ", how_to_fix="Give one of them.")
+    chosen, pickles = read_dtype(torch_dtype if dtype is None else dtype), use_safetensors is False
+    source: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision, "pickles": pickles}
     root = find_folder(name, variant=variant, **source)
-    index, own = read_index(root, known), read_own(root)
-    common: dict[str, Any] = {"dtype": read_dtype(dtype), "variant": variant}
+    with without_pickles(root) if pickles else contextlib.nullcontext(root) as safe:
+        return _load(safe, read_index(root, known), root, {"dtype": chosen, "variant": variant, "device": device})
+
+
+def _load(root: Path, index: Mapping[str, Any], named: Path, common: Mapping[str, Any]) -> Loaded:
+    own = read_own(root)
     laws = {part: _read_law(root / part) for part in SCHEDULERS if part in index}
     with _config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", **common)
@@ -143,8 +161,8 @@ def load(
             autoencoder = load_autoencoder(root / vae, **common)
     defaults = Defaults.read(own.get("defaults", {}), str(root / OWN_FILE))
     if defaults.sampler is None:
-        named = schedule_config.sampler_name(laws["scheduler"].config)
-        defaults = replace(defaults, sampler=named if named in samplers.NAMES else None)
+        asked = schedule_config.sampler_name(laws["scheduler"].config)
+        defaults = replace(defaults, sampler=asked if asked in samplers.NAMES else None)
     return Loaded(
         index,
         unet,
@@ -153,7 +171,7 @@ def load(
         laws["scheduler"],
         next((law for part, law in laws.items() if part != "scheduler"), None),
         defaults,
-        str(own.get("name") or root.resolve().name)[:200],
+        str(own.get("name") or named.resolve().name)[:200],
         own,
     )
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from ldm_pipe.interop.folder import find_folder
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pipelines import files, pixel, super_resolution, unconditional, upscale
@@ -24,25 +22,18 @@ AnyPipeline: TypeAlias = (
 )
 
 
-def load_pipeline(
-    name: str | Path | None = None,
-    *,
-    dtype: torch.dtype | str | None = None,
-    variant: str | None = None,
-    local_files_only: bool = False,
-    revision: str | None = None,
-) -> AnyPipeline:
+def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline:
     """Load a model with whichever pipeline draws it.
 
     Args:
         name: a folder, a training run, or a model of the hub; None is the shipped model.
-        dtype: of all weights in memory; None is float32.
-        variant: "fp16" reads the files named `*.fp16.safetensors`.
+        options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
+            `LatentDiffusionPipeline.from_pretrained`.
     Raises: LdmPipeError for a class that no pipeline here draws, and as `from_pretrained` of each does.
     """
-    source: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision}
-    root = find_folder(name, variant=variant, **source)
-    options: dict[str, Any] = {"dtype": dtype, "variant": variant}
+    source = {key: options.pop(key) for key in ("local_files_only", "revision") if key in options}
+    pickles = options.get("use_safetensors") is False
+    root = find_folder(name, variant=options.get("variant"), pickles=pickles, **source)
     match files.class_of(root):
         case "DDPMPipeline" | "DDIMPipeline" | "LDMPipeline" | files.OWN_UNCONDITIONAL:
             return unconditional.UnconditionalPipeline.from_pretrained(root, **options)

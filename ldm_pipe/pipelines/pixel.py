@@ -63,24 +63,15 @@ class PixelDiffusionPipeline(Placement, Call):
                 raise LdmPipeError(what, "PixelDiffusionPipeline", "Use parts that were trained together.")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        variant: str | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-    ) -> PixelDiffusionPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PixelDiffusionPipeline:
         """Load a folder or a model of the hub: IFPipeline of diffusers.
 
         Args:
-            dtype: of all weights in memory; None is float32, and T5 does not work in float16.
-            variant: "fp16" reads the files named `*.fp16.safetensors`.
+            options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
+                `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        source = {"local_files_only": local_files_only, "revision": revision}
-        found = files.load(pretrained_model_name_or_path, (CLASS,), dtype=dtype, variant=variant, **source)
+        found = files.load(pretrained_model_name_or_path, (CLASS,), **options)
         return cls(found.unet, found.text_encoders, found.schedule, defaults=found.defaults, name=found.name)
 
     def save_pretrained(

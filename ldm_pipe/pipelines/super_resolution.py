@@ -53,26 +53,17 @@ class SuperResolutionPipeline(Placement, Call):
             raise LdmPipeError(what, "SuperResolutionPipeline", "It must map 6 to 3, of latents with 3.")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        variant: str | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-    ) -> SuperResolutionPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> SuperResolutionPipeline:
         """Load a folder or a model of the hub: LDMSuperResolutionPipeline of diffusers.
 
         Its autoencoder is read with a scale of 1, whatever the folder says: neither the training nor diffusers scales.
 
         Args:
-            dtype: of all weights in memory; None is float32.
-            variant: "fp16" reads the files named `*.fp16.safetensors`.
+            options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
+                `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        source = {"local_files_only": local_files_only, "revision": revision}
-        found = files.load(pretrained_model_name_or_path, (CLASS,), dtype=dtype, variant=variant, **source)
+        found = files.load(pretrained_model_name_or_path, (CLASS,), **options)
         assert found.autoencoder is not None
         autoencoder = with_scale(found.autoencoder, 1.0)
         return cls(found.unet, autoencoder, found.schedule, defaults=found.defaults, name=found.name)
@@ -132,6 +123,6 @@ class SuperResolutionPipeline(Placement, Call):
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
             eps = first_noise(self, request, draw)
-            cond = Condition(spatial=small.to(self.device))
+            cond = Condition(spatial=small.to(self.device, self.dtype))
             output = draw_pictures(self, request, eps, draw, cond, None)
         return output if return_dict else (output.images,)

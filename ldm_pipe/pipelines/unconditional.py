@@ -86,24 +86,15 @@ class UnconditionalPipeline(Placement, Call):
         return self.unet.spec.embedding.num_classes
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        variant: str | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-    ) -> UnconditionalPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> UnconditionalPipeline:
         """Load a folder or a model of the hub: DDPMPipeline, DDIMPipeline or LDMPipeline of diffusers, or ours.
 
         Args:
-            dtype: of all weights in memory; None is float32.
-            variant: "fp16" reads the files named `*.fp16.safetensors`.
+            options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
+                `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        source = {"local_files_only": local_files_only, "revision": revision}
-        found = files.load(pretrained_model_name_or_path, CLASSES, dtype=dtype, variant=variant, **source)
+        found = files.load(pretrained_model_name_or_path, CLASSES, **options)
         defaults = found.defaults
         if defaults.num_inference_steps is None:
             defaults = replace(defaults, num_inference_steps=NUM_STEPS.get(found.index["_class_name"]))

@@ -86,24 +86,15 @@ class UpscalePipeline(Placement, Call):
         return isinstance(self.autoencoder, PixelSpace)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        variant: str | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-    ) -> UpscalePipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> UpscalePipeline:
         """Load a folder or a model of the hub: StableDiffusionUpscalePipeline or IFSuperResolutionPipeline.
 
         Args:
-            dtype: of all weights in memory; None is float32.
-            variant: "fp16" reads the files named `*.fp16.safetensors`.
+            options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
+                `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        source = {"local_files_only": local_files_only, "revision": revision}
-        found = files.load(pretrained_model_name_or_path, (LATENT, PIXEL), dtype=dtype, variant=variant, **source)
+        found = files.load(pretrained_model_name_or_path, (LATENT, PIXEL), **options)
         if not isinstance(found.noising, NoiseSchedule):
             raise LdmPipeError("the law of the small picture's noise is not discrete", found.name)
         vae = found.autoencoder
@@ -198,7 +189,7 @@ class UpscalePipeline(Placement, Call):
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
             eps, low = self._noises(request, small, level, draw)
-            beside = Condition(spatial=low, labels=torch.full((len(low),), level, device=self.device))
+            beside = Condition(spatial=low.to(self.dtype), labels=torch.full((len(low),), level, device=self.device))
             cond, uncond = drawing.encode_prompts(self, request)  # type: ignore[arg-type]
             cond, uncond = (c if c is None else c.join(beside) for c in (cond, uncond))
             assert cond is not None

@@ -99,7 +99,12 @@ def test_a_folder_is_opened_by_the_class_that_wrote_it(name: str, tmp_path: Path
     low: Any = ldm_pipe.load_pipeline(tmp_path / "n", variant="low", dtype="bfloat16")
     assert low.dtype == torch.bfloat16
     assert getattr(low, "null_label", None) == getattr(pipe, "null_label", None)
+    call = {"UnconditionalPipeline": {"class_labels": 1}, "LDMSuperResolutionPipeline": {"image": torch.rand(3, 8, 8)}}
+    drawn = quiet(low)(**call.get(name, {}), **FEW, seed=0).images
+    torch.testing.assert_close(drawn, pipe(**call.get(name, {}), **FEW, seed=0).images, rtol=0, atol=0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "n"]
+    with pytest.raises(LdmPipeError, match="differ"):
+        ldm_pipe.load_pipeline(tmp_path / "m", dtype="float16", torch_dtype="float32")
     for other in (LatentDiffusionPipeline, PixelDiffusionPipeline, UpscalePipeline):
         with pytest.raises(LdmPipeError, match=name):
             other.from_pretrained(tmp_path / "m")
