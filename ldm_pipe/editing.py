@@ -31,7 +31,7 @@ MAX_FRAMES = 10_000
 MAX_REFINEMENTS = 100
 IN_BOTH_DIRECTIONS = (
     "image", "prompt", "height", "width", "num_inference_steps", "spacing", "clip_skip", "prompt_2", "spatial",
-    "depth_map", "original_size", "crops_coords_top_left", "target_size", "aesthetic_score",
+    "class_labels", "depth_map", "original_size", "crops_coords_top_left", "target_size", "aesthetic_score",
 )  # fmt: skip
 HAND_OVER = ("denoising_start", "denoising_end")
 NOT_IN_INVERT = (

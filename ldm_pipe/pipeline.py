@@ -21,6 +21,7 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
+from conditioning.label import LabelInput
 from conditioning.spatial import SpatialInput
 from ldm_pipe import drawing
 from ldm_pipe.adapters import Adapters
@@ -50,6 +51,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         schedule: the noise law the U-Net was trained on.
         defaults: what the model is best drawn with.
         spatial: the maps that the U-Net takes beside the latents.
+        labels: the classes that the U-Net knows beside the text.
         zero_empty_prompt: whether embeddings of zeros stand for a negative prompt that is not given, as in SDXL.
     """
 
@@ -64,6 +66,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         name: str = "",
         model_hash: str | None = None,
         spatial: SpatialInput | None = None,
+        labels: LabelInput | None = None,
         zero_empty_prompt: bool = False,
     ) -> None:
         """Compose the parts; parts that do not belong together are refused."""
@@ -71,7 +74,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         self.text_encoders = tuple(text_encoders)
         self.defaults = defaults or Defaults()
         self.name, self.model_hash = name, model_hash
-        self.spatial, self.zero_empty_prompt = spatial, zero_empty_prompt
+        self.spatial, self.labels, self.zero_empty_prompt = spatial, labels, zero_empty_prompt
         self._progress: dict[str, Any] = {}
         self._offload: torch.device | None = None
         self._offload_lock = threading.Lock()
@@ -246,6 +249,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         strength: float | None = None,
         mask_image: Any = None,
         spatial: Any = None,
+        class_labels: str | int | list[str | int | None] | None = None,
         depth_map: Tensor | None = None,
         prompt_2: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
@@ -287,6 +291,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
             mask_image: paint only where it is white; elsewhere the pixels of `image` come back unchanged.
             callback_on_step_end: called as (pipe, i, t, tensors) after each step; returns the tensors.
             spatial: maps for a model that was trained with them, in [0, 1], of the picture's size; None: no map.
+            class_labels: names or numbers for a model that was trained with classes beside the text; None: no class.
             depth_map: for a depth model, (B, H, W) of any unit; the estimator that makes it is not part of ours.
             prompt_2, negative_prompt_2: for the second text encoder and later ones; None: the same as for the first.
             original_size, crops_coords_top_left, target_size, and negative_*: what SDXL is told of heights and widths;

@@ -90,6 +90,8 @@ def _what_is_own(pipe: LatentDiffusionPipeline) -> tuple[str, str, str]:
     where, nobody = "export to diffusers", "No pipeline of diffusers draws with it as we do."
     if pipe.spatial is not None:
         return f"the U-Net takes {pipe.spatial.channels} channels of maps", where, nobody
+    if pipe.labels is not None:
+        return f"the U-Net is told one of {pipe.labels.null_label} classes", where, nobody
     others = [type(e).__name__ for e in pipe.text_encoders if not isinstance(e, CLIPTextEncoder)]
     if others:
         return f"the text encoder is a {others[0]}", where, "diffusers' StableDiffusionPipeline reads CLIP's."

@@ -25,6 +25,7 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderKL, load_autoencoder
 from conditioning import AnyTextEncoder, CLIPTextEncoder, load_text_encoder
+from conditioning.label import LabelInput
 from conditioning.spatial import SpatialInput
 from conditioning.text import SDXL, SDXL_2
 from ldm_pipe import law_file, samplers, schedule_config
@@ -71,6 +72,7 @@ class Parts:
     name: str = ""
     model_hash: str | None = None
     spatial: SpatialInput | None = None  # maps that the U-Net takes beside the latents
+    labels: LabelInput | None = None  # classes that the U-Net knows beside the text
     zero_empty_prompt: bool = False  # without a negative prompt, embeddings of zeros stand for it
 
 
@@ -168,6 +170,7 @@ def load_parts(
         name=str(own.get("name") or root.resolve().name)[:200],
         model_hash=str(own["model_hash"])[:64] if own.get("model_hash") else None,
         spatial=_spatial(index, own, str(root / OWN_FILE)),
+        labels=LabelInput.read(own["labels"], str(root / OWN_FILE)) if "labels" in own else None,
         zero_empty_prompt=bool(index.get(XL_FLAGS[0], own.get(ZERO_KEY, index["_class_name"] in XL_PIPELINES))),
     )
     check_fit(parts, str(root))
@@ -231,6 +234,10 @@ def check_fit(parts: Parts, where: str = "pipeline") -> None:
     if isinstance(wanted, int) and parts.text_encoders and width != wanted and unet.get("encoder_hid_dim") is None:
         what = f"the text encoder is {width} wide, the U-Net takes {wanted}"
         raise LdmPipeError(what, where, "Use parts that were trained together.")
+    rows = None if parts.labels is None else parts.labels.null_label + 1
+    if unet.get("num_class_embeds") != rows:
+        what = f"the U-Net has a table of {unet.get('num_class_embeds')} classes, {rows} are named, none included"
+        raise LdmPipeError(what, where, "Give labels: one name for each row of the table but the last.")
     num_numbers(parts.unet, parts.text_encoders)
     for encoder in parts.text_encoders:
         if encoder.tokenizer is not None and len(encoder.tokenizer) > encoder.config.vocab_size:

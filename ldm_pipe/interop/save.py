@@ -55,6 +55,8 @@ def save_pipeline(
     }
     if parts.spatial is not None:
         own["spatial"] = parts.spatial.stored()
+    if parts.labels is not None:
+        own["labels"] = parts.labels.stored()
     if parts.zero_empty_prompt:
         own[ZERO_KEY] = True
     text = model_card(parts, name=parts.name, sampler=sampler, dtype=str(dtype).removeprefix("torch."), facts=card)
