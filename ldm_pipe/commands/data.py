@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-TITLES = ("bad", "duplicates", "uncaptioned", "tiny")
+TITLES = ("bad", "duplicates", "uncaptioned", "tiny", "odd")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -26,6 +26,7 @@ def run_check(args: argparse.Namespace) -> int:
             "good": report.num_good,
             **{title: getattr(report, title) for title in TITLES},
             "converted": dict(report.odd_modes),
+            "captions_per_picture": dict(report.num_captions),
             "sizes": {f"{width}x{height}": count for (width, height), count in report.sizes.items()},
         }
         sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

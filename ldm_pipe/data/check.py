@@ -32,18 +32,20 @@ class FolderReport:
     duplicates: list[str] = field(default_factory=list)
     uncaptioned: list[str] = field(default_factory=list)
     tiny: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
     odd_modes: Counter[str] = field(default_factory=Counter)
+    num_captions: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @property
     def ok(self) -> bool:
-        """Tell whether every row can be used as it is."""
+        """Tell whether every row can be used; pictures of an odd mode can, they are converted."""
         return not (self.bad or self.duplicates or self.uncaptioned or self.tiny)
 
     def __str__(self) -> str:
         """Return the report as text, at most ten lines per finding."""
         lines = [f"{self.num_good} of {self.num_rows} rows are good"]
-        for title in ("bad", "duplicates", "uncaptioned", "tiny"):
+        for title in ("bad", "duplicates", "uncaptioned", "tiny", "odd"):
             found = getattr(self, title)
             if found:
                 lines.append(f"{title}: {len(found)}")
@@ -51,6 +53,8 @@ class FolderReport:
                 lines += [f"  ... and {len(found) - 10} more"] if len(found) > 10 else []
         for mode, number in self.odd_modes.most_common():
             lines.append(f"converted: {number} ({mode})")
+        if set(self.num_captions) - {1}:
+            lines += [f"captions per picture {count}: {number}" for count, number in sorted(self.num_captions.items())]
         for (width, height), number in self.sizes.most_common(5):
             lines.append(f"size {width}x{height}: {number}")
         return "\n".join(lines)
@@ -74,7 +78,7 @@ def check_folder(
     min_side: int = 64,
     max_pixels: int = MAX_PIXELS,
 ) -> FolderReport:
-    """Read every row and picture; report bad, duplicate, uncaptioned and tiny ones, and those that need converting.
+    """Read every row and picture; report bad, duplicate, uncaptioned, tiny and odd ones (those that are converted).
 
     Pictures with the same pixels count as duplicates when their captions are the same too; with other captions they are
     what data sets with several captions per picture have.
@@ -115,7 +119,10 @@ def check_folder(
                 report.bad.append(f"{where}: {found.error}")
                 continue
             report.sizes[found.size] += 1
+            report.num_captions[len(records.caption_lists[index])] += 1
             report.odd_modes.update(found.notes)
+            if found.notes:
+                report.odd.append(f"{where}: {', '.join(found.notes)}")
             first = seen.setdefault((found.digest, tuple(records.caption_lists[index])), where)
             if first != where:
                 report.duplicates.append(f"{where}: same picture and caption as {first}")

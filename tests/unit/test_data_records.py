@@ -410,6 +410,8 @@ def test_check_folder_tells_what_is_wrong_and_changes_nothing(tmp_path: Path) ->
         (line,) = getattr(report, title)
         assert f"{name}.png" in line or title == "duplicates"
     assert report.odd_modes == {"mode CMYK": 1}
+    assert [line.rpartition("/")[2] for line in report.odd] == ["odd.jpg: mode CMYK"]
+    assert report.num_captions == {1: 7}
     assert report.sizes == {(80, 80): 6, (8, 8): 1}
     assert "5 of 9 rows are good" in str(report)
     assert Counter(path.read_bytes() for path in folder.iterdir()) == before
