@@ -47,6 +47,9 @@ class DataReport:
         """Stop if more than a given part of the rows is left out, naming the first ones."""
         if not self.num_used and not self.problems:
             raise LdmPipeError("no rows are left", name, "Check the filters.")
+        if not self.num_used and set(self.counts) <= {"missing caption", "null caption"}:
+            how = "Add metadata.jsonl with file_name and text, or a .txt beside each picture, or want no captions."
+            raise LdmPipeError(f"none of the {self.num_rows} pictures has a caption", name, how)
         if len(self.problems) / max(self.num_rows, 1) > max_bad_fraction:
             first = "\n  ".join(str(problem) for problem in self.problems[:10])
             raise LdmPipeError(

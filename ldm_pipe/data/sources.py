@@ -20,6 +20,7 @@ from ldm_pipe.pretrained import LdmPipeError
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_LINE = 1_000_000
+_NO_CAPTIONS = ("readme", "license", "licence", "notice", "copying", "requirements")  # .txt files of other use
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -271,6 +272,11 @@ def _read_text_files(folder: Path, files: list[Path], caption_column: str | None
             continue
         kept.append(path)
         captions.append(text)
+    if caption_column is not None:
+        known = {path.with_suffix("") for path in files}
+        lone = [path for path in sorted(folder.rglob("*.txt")) if path.with_suffix("") not in known]
+        lone = [path for path in lone if path.stem.lower() not in _NO_CAPTIONS and not path.name.startswith(".")]
+        problems += [Problem(str(path), "missing file", "a caption without a picture") for path in lone]
     columns: dict[str, Sequence[Any]] = {"file_name": [path.relative_to(folder).as_posix() for path in kept]}
     if caption_column is not None:
         columns[caption_column] = captions

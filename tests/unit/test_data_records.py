@@ -268,6 +268,21 @@ def test_sizes_are_those_of_the_upright_pictures(tmp_path: Path) -> None:
         assert records.sizes == [(4, 8), (8, 4)]
 
 
+def test_pictures_without_captions_and_captions_without_pictures_are_told_apart(tmp_path: Path) -> None:
+    """Fault 42, in a folder of .txt files."""
+    folder = write_folder(tmp_path / "set", 3, [])
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(LdmPipeError, match=r"none of the 3 pictures has a caption.*metadata\.jsonl"):
+        load_records(folder, max_bad_fraction=1)
+    assert len(load_records(folder, caption_column=None)) == 3
+    for name in ("0", "2", "lost", "README"):
+        (folder / f"{name}.txt").write_text(name)
+    records = load_records(folder, max_bad_fraction=1)
+    assert records.captions == ["0", "2"]
+    assert records.report.counts == {"missing caption": 1, "missing file": 1}
+    assert any("lost.txt: missing file (a caption without" in str(problem) for problem in records.report.problems)
+
+
 def test_same_picture_under_other_captions_is_kept(tmp_path: Path) -> None:
     table = [
         {"image": {"bytes": picture(1), "path": None}, "text": text}
