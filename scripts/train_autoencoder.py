@@ -10,6 +10,8 @@ measures the result.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +28,9 @@ from autoencoder import (
     load_autoencoder,
 )
 from autoencoder.losses import Features
-from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import make_grid, to_pil
+from ldm_pipe.data.rows import DataReport
+from ldm_pipe.data.stream import StreamOrder
 from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.autoencoder import (
     AutoencoderConfig,
@@ -44,17 +47,20 @@ from ldm_pipe.training.autoencoder import (
 from ldm_pipe.training.config import parse_config, run_script
 from ldm_pipe.training.crops import CropSource
 from ldm_pipe.training.environment import process_device
-from ldm_pipe.training.loop import Trainer
+from ldm_pipe.training.loop import Micro, Trainer
+from ldm_pipe.training.parts import Order
 from ldm_pipe.training.pictures import (
     ImageBatches,
     PictureSource,
-    ShapePlan,
+    StreamBatches,
     drawing_weights,
     open_records,
     plan_shapes,
 )
-from ldm_pipe.training.preview import make_preview
+from ldm_pipe.training.preview import PictureBatches, make_preview
 from ldm_pipe.training.rng import generator
+
+NUM_FIRST = 256
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
@@ -89,7 +95,7 @@ def build_discriminator(config: AutoencoderConfig, device: torch.device) -> Patc
         return PatchDiscriminator(width=config.discriminator_width, num_layers=config.discriminator_layers).to(device)
 
 
-def finish(autoencoder: Autoencoder, pictures: PictureSource, folder: Path) -> None:
+def finish(autoencoder: Autoencoder, pictures: PictureBatches, folder: Path) -> None:
     """Measure the latents over all pictures, and write the autoencoder with its scale."""
     mean, std = latent_statistics(autoencoder, pictures.batches(64))
     finished = type(autoencoder).from_config(autoencoder.config)
@@ -124,34 +130,80 @@ def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, trainer: Tr
     trainer.note({"validation/psnr": float((-10 * error.log10()).mean())})
 
 
-def global_batch_of(config: AutoencoderConfig) -> int:
-    """Return how many pictures a step sees, before the processes are started."""
-    return config.train_batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+class FirstPictures:
+    """The first pictures of a stream, in the place of the whole set: for grids, latent statistics and the preview."""
+
+    def __init__(self, stream: StreamBatches) -> None:
+        """Read them; they are kept as bytes."""
+        rows = range(NUM_FIRST)
+        self._bytes = ((stream(Micro(0, list(rows), rows)).images + 1.0) * 127.5).round().to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def __call__(self, rows: list[int]) -> Tensor:
+        """Return the images of these rows, float32."""
+        return self._bytes[rows].float() / 127.5 - 1.0
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Go once through them."""
+        return (part.float() / 127.5 - 1.0 for part in self._bytes.split(size))
 
 
-def image_source(
-    config: AutoencoderConfig, records: Records, pictures: PictureSource, plan: ShapePlan
-) -> Pictures | Crops | Framed:
-    """Choose what gives the pictures of a step, see `ldm_pipe.training.autoencoder.take_pictures`."""
+@dataclass(frozen=True)
+class Data:
+    """What a run knows of its pictures.
+
+    Args:
+        source: gives those of a step, see `ldm_pipe.training.autoencoder.take_pictures`.
+        pictures: all of them, or a stream's first.
+        num: of `pictures`.
+        order: makes the order of the run.
+        fingerprint: a resumed run must have the same.
+        report: what was left out.
+    """
+
+    source: Pictures | Crops | Framed
+    pictures: PictureSource | FirstPictures
+    num: int
+    order: Callable[[int], Order]
+    fingerprint: str
+    report: DataReport
+
+
+def open_data(config: AutoencoderConfig) -> Data:
+    """Open what the config names."""
+    data, world = config.data, int(os.environ.get("WORLD_SIZE", "1"))
+    if data.streaming:
+        stream = StreamBatches.open(data, config.seed, int(os.environ.get("RANK", "0")), world)
+        first, name = FirstPictures(stream), f"stream {data.train_data_dir} {data.dataset_config_name}"
+        return Data(lambda m: stream(m).images, first, len(first), StreamOrder, name, stream.stream.report)
+    records = open_records(data)
+    pictures = PictureSource(records, data.resolution)
+    plan = plan_shapes(records, data, config.train_batch_size * config.gradient_accumulation_steps * world)
+    order = plan.order(config.seed, drawing_weights(records, data))
+    source: Pictures | Crops | Framed = pictures
     if config.frames_itself:
-        batches = ImageBatches(records, plan, config.data, config.seed)
-        return lambda micro: batches(micro).images
-    return CropSource(records, config.data.resolution, config.crop) if config.crop.random else pictures
+        batches = ImageBatches(records, plan, data, config.seed)
+        source = lambda micro: batches(micro).images  # noqa: E731
+    elif config.crop.random:
+        source = CropSource(records, data.resolution, config.crop)
+    return Data(source, pictures, len(records), order, records.fingerprint, records.report)
 
 
-def list_left_out(records: Records, path: Path) -> None:
-    """Write path and reason of every row that was not used, if there is any."""
-    if records.report.problems:
-        atomic_write(path, "".join(f"{problem}\n" for problem in records.report.problems))
+def list_left_out(report: DataReport, path: Path) -> None:
+    """Print the counts, and write path and reason of every row that was not used, if there is any."""
+    print(report)
+    if report.problems:
+        atomic_write(path, "".join(f"{problem}\n" for problem in report.problems))
         print(f"listed in {path}")
 
 
 def main(argv: list[str]) -> None:
     """Run one training."""
     config = parse_config(AutoencoderConfig, argv, "Train the autoencoder (first stage).")
-    records = open_records(config.data)
-    pictures = PictureSource(records, config.data.resolution)
-    device = process_device()
+    data, device = open_data(config), process_device()
+    pictures = data.pictures
     autoencoder = build_autoencoder(config).to(device)
     network = wrap_codebook(config, autoencoder)
     discriminator = build_discriminator(config, device)
@@ -159,20 +211,17 @@ def main(argv: list[str]) -> None:
     if discriminator is not None and config.objective.lecam_weight > 0:
         lecam = Lecam(LogitAverages().to(device))
     perceptual = load_perceptual(config.perceptual, device)
-    plan = plan_shapes(records, config.data, global_batch_of(config))
-    source = image_source(config, records, pictures, plan)
     log: StepLog[Quantised] | None = StepLog() if network is not autoencoder else None
-    parts = autoencoder_parts(config, network, discriminator, source, perceptual, device, log=log, lecam=lecam)
+    parts = autoencoder_parts(config, network, discriminator, data.source, perceptual, device, log=log, lecam=lecam)
     folder = Path(config.output_dir)
-    shown = pictures(list(range(0, len(records), max(1, len(records) // config.num_validation_images))))
+    shown = pictures(list(range(0, data.num, max(1, data.num // config.num_validation_images))))
     shown = shown[: config.num_validation_images]
 
     def validate(step: int, trainer: Trainer) -> None:
         write_grid(autoencoder, shown, folder / "grids" / f"step-{step:06d}.png", trainer)
 
     trainer = Trainer(
-        config, parts, num_items=len(records), order=plan.order(config.seed, drawing_weights(records, config.data)),
-        fingerprint=records.fingerprint, validate=validate,
+        config, parts, num_items=data.num, order=data.order, fingerprint=data.fingerprint, validate=validate,
         save_result=lambda: finish(autoencoder, pictures, folder / "vae"),
         kept={} if lecam is None else {"logits": lecam.averages},
     )  # fmt: skip
@@ -185,8 +234,7 @@ def main(argv: list[str]) -> None:
         if trainer.step >= config.max_train_steps:
             finished = load_autoencoder(folder / "vae", device=device)
             make_preview(finished, pictures, config.preview, config.seed).save_pretrained(folder / "preview")
-        print(records.report)
-        list_left_out(records, folder / "left_out.txt")
+        list_left_out(data.report, folder / "left_out.txt")
 
 
 if __name__ == "__main__":

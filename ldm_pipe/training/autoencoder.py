@@ -119,7 +119,8 @@ class AutoencoderConfig(TrainConfig):
         if self.data.num_crops > 1:
             raise ValueError("data.num_crops is of cached latents: an autoencoder crops anew in every step")
         if self.crop.random and self.frames_itself:
-            raise ValueError("crop.random crops already: leave data.center_crop and data.aspect_ratio_buckets alone")
+            what = "leave data.center_crop, data.aspect_ratio_buckets and data.streaming alone"
+            raise ValueError(f"crop.random crops already: {what}")
         objective = self.objective
         if objective.adversarial_weight == 0 and (objective.r1_weight or objective.lecam_weight):
             raise ValueError("objective.r1_weight or lecam_weight is set, but adversarial_weight is 0")
@@ -129,8 +130,8 @@ class AutoencoderConfig(TrainConfig):
 
     @property
     def frames_itself(self) -> bool:
-        """Tell whether the data config alone crops and mirrors (`ImageBatches`): shapes or places differ by picture."""
-        return self.data.aspect_ratio_buckets or not self.data.center_crop
+        """Tell whether the data config alone crops and mirrors (`ImageBatches`, `StreamBatches`)."""
+        return self.data.aspect_ratio_buckets or not self.data.center_crop or self.data.streaming
 
 
 def flip_some(image: Tensor, draws: Tensor) -> Tensor:

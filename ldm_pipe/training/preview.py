@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +16,20 @@ from torch.nn import functional as F
 
 from autoencoder import Autoencoder, PreviewDecoder
 from ldm_pipe.training.autoencoder import PreviewTrainConfig
-from ldm_pipe.training.pictures import PictureSource
 from ldm_pipe.training.rng import generator
 
 BATCH, NUM_BATCHES, LEARNING_RATE = 32, 32, 2e-3
 
 
+class PictureBatches(Protocol):
+    """Pictures of one size."""
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Go once through them: images (B, 3, H, W) in [-1, 1]."""
+
+
 @torch.no_grad()
-def latent_pairs(autoencoder: Autoencoder, pictures: PictureSource) -> Iterator[tuple[Tensor, Tensor]]:
+def latent_pairs(autoencoder: Autoencoder, pictures: PictureBatches) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield normalised latents (B, C, h, w) and their images (B, 3, H, W), for at most 1,024 pictures."""
     for image in islice(pictures.batches(BATCH), NUM_BATCHES):
         image = image.to(autoencoder.device)
@@ -30,7 +37,7 @@ def latent_pairs(autoencoder: Autoencoder, pictures: PictureSource) -> Iterator[
 
 
 def make_preview(
-    autoencoder: Autoencoder, pictures: PictureSource, config: PreviewTrainConfig, seed: int
+    autoencoder: Autoencoder, pictures: PictureBatches, config: PreviewTrainConfig, seed: int
 ) -> PreviewDecoder:
     """Fit the linear map, then train the convolutions, where there are any, to what it leaves (mean absolute error)."""
     pairs = list(latent_pairs(autoencoder, pictures))

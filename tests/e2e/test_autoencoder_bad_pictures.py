@@ -138,3 +138,21 @@ def test_too_many_bad_pictures_are_refused_before_training(pictures: Path, tmp_p
     with pytest.raises(LdmPipeError, match="4 of 11 rows"):
         train_autoencoder.main(["--config", str(config_file(tmp_path, pictures, max_bad_fraction=0.1))])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_trains_and_its_bad_pictures_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="streams are its")
+    monkeypatch.setattr(train_autoencoder, "NUM_FIRST", 8)
+    pictures = [*odd_pictures().values(), *(data for data, _ in bad_pictures().values())]
+    columns = {"image": [{"bytes": data, "path": None} for data in pictures], "text": ["a picture"] * len(pictures)}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    path = tmp_path / "train.parquet"
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    data = {"streaming": True, "random_flip": True, "center_crop": False}
+    train_autoencoder.main(["--config", str(config_file(tmp_path, path, **data))])
+    assert "left out" in capsys.readouterr().out
+    model = AutoencoderKL.from_pretrained(tmp_path / "run" / "vae")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert model.scaling_factor != AutoencoderKL.from_config(model.config | {"scaling_factor": None}).scaling_factor
