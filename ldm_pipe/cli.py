@@ -117,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="original single files and ADM checkpoints to folders, and back"))
     _add_info(commands.add_parser("info", help="show the settings inside a picture, or what a model is"))
     _add_data(commands.add_parser("data", help="look after training pictures"))
+    _add_plan(commands.add_parser("plan", help="say what a training run will cost before it is started"))
     return parser
 
 
@@ -291,6 +292,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     check.set_defaults(run=_run_data_check)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("config", help="the YAML file of an autoencoder's or a diffusion model's training")
+    parser.add_argument("--no-measure", action="store_true", help="do not time a step")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run_plan)
+
+
 def _run_draw(args: argparse.Namespace) -> int:
     from ldm_pipe.commands.draw import run
 
@@ -325,6 +334,12 @@ def _run_info(args: argparse.Namespace) -> int:
     from ldm_pipe.commands.models import run_info
 
     return run_info(args)
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.plan import run_plan
+
+    return run_plan(args)
 
 
 def _run_data_check(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_pipe.training.checkpoint import load_checkpoint
 from ldm_pipe.training.config import build_config
@@ -86,6 +86,17 @@ def run(folder: Path, **changes: Any) -> Trainer:
     trainer = make_trainer(make_config(folder, **changes))
     trainer.fit()
     return trainer
+
+
+class Both(nn.Module):
+    """A frozen U-Net and what is trained on it, as one network."""
+
+    def __init__(self, unet: nn.Module, added: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.added = unet, added
+
+    def forward(self, *args: Tensor, **slots: Tensor) -> Tensor:
+        return self.unet(*args, **slots)
 
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:

@@ -128,6 +128,14 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def refuse_old_run(run_folder: Path) -> None:
+    """Refuse to start anew where another run's checkpoints would be mistaken for this one's."""
+    old = list_checkpoints(run_folder)
+    if old:
+        what = f"the folder holds checkpoints of an earlier run, the last is {old[-1].name}"
+        raise LdmPipeError(what, str(run_folder), "Add --resume_from_checkpoint latest, or use another output_dir.")
+
+
 def verify_checkpoint(folder: Path) -> None:
     """Compare every file with the manifest.
 

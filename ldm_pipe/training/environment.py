@@ -29,12 +29,14 @@ def start_processes(mixed_precision: str) -> Accelerator:
     Raises: LdmPipeError where DeepSpeed is asked for and not installed, and for fp16 without a GPU.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and find_spec("deepspeed") is None:
         fix = "pip install deepspeed, or launch with configs/accelerate/fsdp2.yaml, which saves as much memory."
         raise LdmPipeError("the launcher asks for DeepSpeed, which is not installed", "accelerate launch", fix)
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LdmPipeError("fp16 needs a GPU", "mixed_precision", "Use bf16 or no.")
+    AcceleratorState._reset_state()  # an earlier run in this process (a notebook) may have had another precision
     return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
 
 

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ldm_pipe.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     optimizer_tensors,
+    refuse_old_run,
     save_checkpoint,
     step_of,
 )
@@ -40,6 +41,10 @@ from ldm_pipe.training.parts import Logs, Micro, Order, Part
 from ldm_pipe.training.records import Records
 from ldm_pipe.training.stop import StopSignal
 from ldm_pipe.training.summary import write_summary
+
+
+class NonFiniteError(LdmPipeError):
+    """Too many steps in a row gave NaN or infinity."""
 
 
 class Trainer:
@@ -184,15 +189,6 @@ class Trainer:
             what = f"step {self.step} is resumed where later checkpoints lie: {', '.join(later)}"
             raise LdmPipeError(what, str(self.folder), "They would pass for newer ones: move them away.")
 
-    def _refuse_old_run(self) -> None:
-        """Refuse to start anew where another run's checkpoints would be mistaken for this one's."""
-        old = list_checkpoints(self.folder)
-        if old:
-            what = f"the folder holds checkpoints of an earlier run, the last is {old[-1].name}"
-            raise LdmPipeError(
-                what, str(self.folder), "Add --resume_from_checkpoint latest, or use another output_dir."
-            )
-
     def with_ema(self, action: Callable[[], None]) -> None:
         """Run something on the main process with every part's averaged weights in place; all processes call this."""
         if self.sharded:
@@ -234,7 +230,10 @@ class Trainer:
         return micros
 
     def _train_part(self, part: Part, micros: list[Micro]) -> tuple[Logs, bool]:
-        """Do one optimiser step of one part; returns its logs and whether the gradient was finite."""
+        """Do one optimiser step of one part; returns its logs and whether the gradient was finite.
+
+        Raises: LdmPipeError if the loss reaches none of the weights.
+        """
         optimizer, scaler = self.optimizers[part.name], self.accelerator.scaler
         lr = lr_at(self.step - part.start_step, part.optim, self.config.max_train_steps - part.start_step)
         for group in optimizer.param_groups:
@@ -248,6 +247,8 @@ class Trainer:
                 self.accelerator.backward(loss / len(micros))
             for key, value in {"loss": float(loss.detach()), **values}.items():
                 logs[key] = logs.get(key, 0.0) + value / len(micros)
+        if all(p.grad is None for p in self.trained[part.name]):
+            raise LdmPipeError(f"no gradient reaches the weights of {part.name}", "loss", "See what it is made of.")
         if scaler is not None:
             scaler.unscale_(optimizer)
         limit = part.optim.max_grad_norm if part.clip else math.inf
@@ -278,26 +279,29 @@ class Trainer:
     def train_step(self) -> Logs:
         """Do step `self.step` for every part and count it.
 
-        Raises: LdmPipeError after `max_nonfinite_steps` steps in a row without a finite gradient.
+        Raises: NonFiniteError after `max_nonfinite_steps` steps in a row without a finite gradient.
         """
         micros = self._micros()
         logs: Logs = {}
-        all_finite = True
+        bad: list[str] = []
         for part in self.parts:
             if self.step < part.start_step:
                 continue
             values, finite = self._train_part(part, micros)
             logs.update({f"{part.name}/{key}": value for key, value in values.items()})
-            all_finite = all_finite and finite
+            if not finite:
+                named = (f"{key}={value}" for key, value in values.items() if not math.isfinite(value))
+                bad.append(f"{part.name} ({', '.join(named)})")
         self.step += 1
-        self.skipped_in_a_row = 0 if all_finite else self.skipped_in_a_row + 1
-        if not all_finite:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
+        if bad:
             self.skipped += 1
             rows = [row for micro in micros for row in micro.indices]
-            tqdm.write(f"step {self.step - 1}: NaN or infinity, step skipped; rows {rows}", file=sys.stderr)
+            text = f"NaN or infinity in {', '.join(bad)}, step skipped; rows {rows}"
+            tqdm.write(f"step {self.step - 1}: {text}", file=sys.stderr)
             if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
                 what = f"{self.skipped_in_a_row} steps in a row gave NaN or infinity; last rows {rows}"
-                raise LdmPipeError(what, str(self.folder), "Lower the learning rate; the last checkpoint is kept.")
+                raise NonFiniteError(what, str(self.folder), "Lower the learning rate; the last checkpoint is kept.")
         return logs
 
     def fit(self) -> None:
@@ -308,7 +312,7 @@ class Trainer:
             if self.config.resume_from_checkpoint:
                 self.resume(self.config.resume_from_checkpoint)
             else:
-                self._refuse_old_run()
+                refuse_old_run(self.folder)
             self._start_records()
             for net in self.nets.values():
                 net.train()
@@ -328,7 +332,7 @@ class Trainer:
         saved_at = self.step if config.resume_from_checkpoint else -1
         while self.step < config.max_train_steps:
             began = time.perf_counter()
-            logs = self.train_step()
+            logs = self._step_or_save()
             if self.records is not None:
                 memory = peak_memory(self.accelerator.device)
                 self.records.step(self.step, logs, self.global_batch, began, memory)
@@ -343,6 +347,14 @@ class Trainer:
             self.save()
         elif self.step == first and self.save_result:  # the run before may have ended before its result was there
             self.with_ema(self.save_result)
+
+    def _step_or_save(self) -> Logs:
+        try:
+            return self.train_step()
+        except NonFiniteError:
+            with suppress(LdmPipeError):  # where the weights themselves are lost, the checkpoint before stays the last
+                self.save()
+            raise
 
     def _anyone_wants_to_stop(self, stop: StopSignal) -> bool:
         if self.accelerator.num_processes == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
 
 
@@ -11,9 +12,10 @@ class StopSignal:
     """Turn SIGTERM and SIGINT into a wish to stop after this step; the second one ends the process at once."""
 
     def __init__(self) -> None:
-        """Install the handlers (main thread only)."""
+        """Install the handlers; a thread other than the main one can have none, and signals stay as they were."""
         self.wanted = False
-        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self._old = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.wanted:

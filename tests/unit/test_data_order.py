@@ -18,7 +18,7 @@ from ldm_pipe.pretrained import LdmPipeError
 EXPECTED = [7, 3, 0, 2, 5, 6, 1, 4]
 
 
-def test_every_image_exactly_once_per_epoch_across_a_thousand_resumes() -> None:
+def test_fault_7_every_image_exactly_once_per_epoch_across_a_thousand_resumes() -> None:
     """Fault A7: diffusers' resume missed 10 of 40 and doubled 10."""
     rng = random.Random(0)
     for _ in range(1000):

@@ -77,7 +77,7 @@ def test_what_was_just_saved_is_never_pruned_for_damaged_later_ones(tmp_path: Pa
         assert_whole(find_checkpoint(tmp_path, "latest"), 25)
 
 
-def test_files_get_the_mode_that_the_umask_asks_for(tmp_path: Path) -> None:
+def test_fault_14_files_get_the_mode_that_the_umask_asks_for(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         save(tmp_path, 1)
@@ -87,7 +87,7 @@ def test_files_get_the_mode_that_the_umask_asks_for(tmp_path: Path) -> None:
     assert modes == {0o640}
 
 
-def test_paths_with_spaces_unicode_and_links_work(tmp_path: Path) -> None:
+def test_fault_15_paths_with_spaces_unicode_and_links_work(tmp_path: Path) -> None:
     real = tmp_path / "a folder: \u00e4\u2603"
     real.mkdir()
     (tmp_path / "link").symlink_to(real)
@@ -147,7 +147,7 @@ def test_a_save_has_events_to_fail_at(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [(1, 2), (1, 3)], ids=["new", "same-step"])
 @pytest.mark.parametrize("fault", [Killed(), OSError(errno.EIO, "Input/output error")], ids=["killed", "error"])
-def test_never_fewer_than_one_whole_checkpoint_at_any_file_event(
+def test_faults_2_and_3_never_fewer_than_one_whole_checkpoint_at_any_file_event(
     tmp_path: Path, before: tuple[int, ...], fault: BaseException
 ) -> None:
     save(tmp_path / "count", *before)
@@ -174,7 +174,7 @@ def test_never_fewer_than_one_whole_checkpoint_at_any_file_event(
         assert_whole(find_checkpoint(folder, "latest"), 4)
 
 
-def test_the_only_checkpoint_survives_being_replaced(tmp_path: Path) -> None:
+def test_fault_3_the_only_checkpoint_survives_being_replaced(tmp_path: Path) -> None:
     """Between the two renames of a replacement the old one is still found."""
     save(tmp_path, 3)
     for k in range(len(count_events(tmp_path, 3)) + 1):
@@ -205,7 +205,9 @@ def test_left_overs_of_dead_processes_are_cleared_and_those_of_living_ones_stay(
 # -- full disk ---------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_4_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -215,7 +217,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     assert_whole(find_checkpoint(tmp_path, "latest"), 1)
 
 
-def test_a_disk_that_fills_in_the_middle_of_a_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+def test_fault_4_a_disk_that_fills_in_the_middle_of_a_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     written = 0
 
@@ -262,13 +264,14 @@ def test_a_disk_that_fills_in_the_middle_of_a_write_leaves_the_old_checkpoint(tm
 # -- damage ------------------------------------------------------------------------------------------------------
 
 
-def test_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flips", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_fault_13_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path, flips: int) -> None:
     save(tmp_path, 1, 2)
     newest = tmp_path / "checkpoint-2"
     rng = random.Random(0)
     files = sorted(newest.iterdir())
     noticed = 0
-    for i in range(400):
+    for i in range(flips):
         path = files[i % len(files)]
         whole = path.read_bytes()
         place = rng.randrange(len(whole))
@@ -283,7 +286,7 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
             assert path.name == "manifest.json"  # its own step, or its white space
             assert_whole(newest, 2)
         path.write_bytes(whole)
-    assert noticed > 340
+    assert noticed > 0.85 * flips
     verify_checkpoint(newest)
 
 
@@ -330,7 +333,7 @@ def lock_of(folder: Path, **facts: Any) -> None:
     (folder / ".lock").write_text(json.dumps(facts))
 
 
-def test_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
+def test_fault_5_a_second_writer_is_refused_at_once(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         lock_of(tmp_path, pid=other.pid, host=socket.gethostname())
@@ -355,7 +358,7 @@ def test_a_torn_lock_is_taken_over(tmp_path: Path, text: str) -> None:
     RunLock(tmp_path).release()
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+def test_fault_15_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LdmPipeError, match="file"):
         RunLock(tmp_path / "file" / "run")

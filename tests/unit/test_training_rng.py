@@ -27,7 +27,7 @@ def test_seed_purpose_step_and_position_all_matter_and_do_not_run_together() -> 
     assert len({key_seed(0, "noise", step, i) for step in range(50) for i in range(50)}) == 2500
 
 
-def test_a_fresh_process_draws_the_same() -> None:
+def test_fault_8_a_fresh_process_draws_the_same() -> None:
     code = "from ldm_pipe.training.rng import *; print(key_seed(3, 'noise', 7, 11))"
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(fresh.stdout) == key_seed(3, "noise", 7, 11)

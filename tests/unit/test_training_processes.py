@@ -1,0 +1,122 @@
+"""Several processes train as one: the same rows, losses and weights, accumulated, full and LoRA, sharded or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("accelerate")
+
+from tests.ranks import FSDP2, die, run_ranks, train
+from tests.training import assert_same_bits, saved_state
+
+# Adam divides a gradient by its size, and so a rounding by itself where a gradient is next to nothing; with this
+# epsilon it does not, and weights can be compared as closely as losses.
+CHANGES: dict[str, Any] = {"max_train_steps": 20, "checkpointing_steps": 10, "optim": {
+    "learning_rate": 2.0e-3, "lr_warmup_steps": 2, "adam_epsilon": 1.0e-4}}  # fmt: skip
+ONE, TWO = {**CHANGES, "train_batch_size": 8}, {**CHANGES, "train_batch_size": 4}
+TWO_ACCUMULATED = {**CHANGES, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+MOST_LOSS, MOST_WEIGHT = 1e-6, 1e-5
+
+
+def facts_of(folder: Path, num: int) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num)]
+
+
+def rows_of(facts: list[dict[str, Any]]) -> list[list[int]]:
+    """Return the rows of every step, of all processes together."""
+    steps = zip(*(fact["rows"] for fact in facts), strict=True)
+    return [sorted(row for rows in step for row in rows) for step in steps]
+
+
+def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    worst = max((float((a[name].double() - b[name].double()).abs().max()), name) for name in a)
+    assert worst[0] < MOST_WEIGHT, worst
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with a global batch of 8."""
+    folder = tmp_path_factory.mktemp("one")
+    assert run_ranks(train, 1, folder, ONE) == [0]
+    return folder
+
+
+def test_fault_10_two_processes_with_accumulation_train_as_one(tmp_path: Path, one: Path) -> None:
+    assert run_ranks(train, 2, tmp_path, TWO_ACCUMULATED) == [0, 0]
+    facts, (whole,) = facts_of(tmp_path, 2), facts_of(one, 1)
+    assert rows_of(facts) == rows_of([whole])
+    assert facts[0]["losses"] == pytest.approx(whole["losses"], abs=MOST_LOSS)
+    assert_near(saved_state(tmp_path / "checkpoint-20"), saved_state(one / "checkpoint-20"))
+
+
+@pytest.mark.slow
+def test_fault_10_a_lora_trains_on_two_processes_as_on_one(tmp_path: Path) -> None:
+    assert run_ranks(train, 1, tmp_path / "one", ONE, 2) == [0]
+    for name, changes in (("two", TWO), ("accumulated", TWO_ACCUMULATED)):
+        assert run_ranks(train, 2, tmp_path / name, changes, 2) == [0, 0]
+        facts, (whole,) = facts_of(tmp_path / name, 2), facts_of(tmp_path / "one", 1)
+        assert rows_of(facts) == rows_of([whole])
+        assert facts[0]["losses"] == pytest.approx(whole["losses"], abs=MOST_LOSS)
+        state = saved_state(tmp_path / name / "checkpoint-20")
+        assert_near(state, saved_state(tmp_path / "one" / "checkpoint-20"))
+        assert not [name for name in state if name.startswith("unet/unet.")], "the frozen network is not saved"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_see_the_same_data_exactly_once_on_resume(tmp_path: Path, one: Path) -> None:
+    """The signal reaches one process in step 6; both save after it. 20 steps of 8 are 14 epochs of 11, and 6 more."""
+    assert run_ranks(train, 2, tmp_path, TWO, 0, 6) == [0, 0]
+    before = facts_of(tmp_path, 2)
+    assert (tmp_path / "checkpoint-7" / "manifest.json").is_file()
+    assert run_ranks(train, 2, tmp_path, {**TWO, "resume_from_checkpoint": "latest"}) == [0, 0]
+    after = facts_of(tmp_path, 2)
+    assert [fact["start"] for fact in after] == [7, 7]
+    rows = rows_of(before) + rows_of(after)
+    assert rows == rows_of(facts_of(one, 1))
+    stream = [row for step in facts_of(one, 1)[0]["rows"] for row in step]
+    assert all(sorted(stream[i : i + 11]) == list(range(11)) for i in range(0, 154, 11))
+    assert_near(saved_state(tmp_path / "checkpoint-20"), saved_state(one / "checkpoint-20"))
+
+
+@pytest.mark.slow
+def test_fsdp2_saves_whole_weights_and_resumes_on_two_processes_and_on_one(tmp_path: Path, one: Path) -> None:
+    whole = saved_state(one / "checkpoint-20")
+    assert run_ranks(train, 2, tmp_path / "unbroken", TWO, environ=FSDP2) == [0, 0]
+    unbroken = saved_state(tmp_path / "unbroken" / "checkpoint-20")
+    assert_near(unbroken, whole)
+    for name in ("two", "alone"):
+        assert run_ranks(train, 2, tmp_path / name, TWO, 0, 6, environ=FSDP2) == [0, 0]
+    resume = {"resume_from_checkpoint": "latest"}
+    assert run_ranks(train, 2, tmp_path / "two", {**TWO, **resume}, environ=FSDP2) == [0, 0]
+    assert_same_bits(saved_state(tmp_path / "two" / "checkpoint-20"), unbroken)
+    changed = {**ONE, **resume, "allow_config_change": True}  # the batch size per process
+    assert run_ranks(train, 1, tmp_path / "alone", changed) == [0]
+    assert_near(saved_state(tmp_path / "alone" / "checkpoint-20"), whole)
+    result = load_file(tmp_path / "unbroken" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert result.keys() == {name.removeprefix("unet.ema/") for name in unbroken if name.startswith("unet.ema/")}
+    assert all(torch.equal(result[name], unbroken[f"unet.ema/{name}"]) for name in result)
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_a_lora(tmp_path: Path) -> None:
+    assert run_ranks(train, 1, tmp_path / "one", ONE, 2) == [0]
+    assert run_ranks(train, 2, tmp_path / "two", TWO, 2, environ=FSDP2) == [0, 0]
+    assert_near(saved_state(tmp_path / "two" / "checkpoint-20"), saved_state(tmp_path / "one" / "checkpoint-20"))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_clear_words_and_nothing_lost(tmp_path: Path, one: Path) -> None:
+    assert run_ranks(die, 2, tmp_path, TWO, 14) == [2, -9]
+    text = (tmp_path / "error.txt").read_text()
+    assert "another process of this run ended" in text
+    assert "--resume_from_checkpoint latest" in text
+    assert run_ranks(train, 2, tmp_path, {**TWO, "resume_from_checkpoint": "latest"}) == [0, 0]
+    assert facts_of(tmp_path, 2)[0]["start"] == 10
+    assert_near(saved_state(tmp_path / "checkpoint-20"), saved_state(one / "checkpoint-20"))

@@ -1,0 +1,245 @@
+"""What a run tells: history, trackers, pictures, the page at its end; and the precisions and optimisers it may use."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+pytest.importorskip("accelerate")
+
+from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.training.config import OptimConfig
+from ldm_pipe.training.environment import start_processes
+from ldm_pipe.training.loop import Trainer
+from ldm_pipe.training.optim import make_optimizer
+from ldm_pipe.training.records import read_history
+from tests.training import assert_same_bits, make_config, make_trainer, run, whole_state
+
+OFTEN: dict[str, Any] = {"max_train_steps": 20, "validation_steps": 10}
+
+
+def showing(folder: Path, **changes: Any) -> Trainer:
+    """Make a trainer whose validation shows a picture and notes a number."""
+
+    def validate(step: int, trainer: Trainer) -> None:
+        path = folder / "grids" / f"a sheet {step}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 4), (step, 0, 0)).save(path)
+        trainer.show("samples", path)
+        trainer.note({"validation/score": float(step)})
+
+    return make_trainer(make_config(folder, **{**OFTEN, **changes}), validate=validate)
+
+
+def test_the_history_holds_every_tenth_step_once_whatever_was_resumed(tmp_path: Path) -> None:
+    showing(tmp_path / "a").fit()
+    first = make_trainer(make_config(tmp_path / "b", **OFTEN))
+    first._start_records()
+    for _ in range(12):
+        first.train_step()
+    first.save()
+    assert first.records is not None
+    first.records.note(14, {"unet/loss": 99.0})  # a step that the kill took back
+    first.records.close()
+    with (tmp_path / "b" / "history.jsonl").open("a") as file:
+        file.write('{"step": 16, "unet/lo')
+    showing(tmp_path / "b", resume_from_checkpoint="latest").fit()
+    steps = [row["step"] for row in read_history(tmp_path / "b") if "unet/loss" in row]
+    assert steps == [20]
+    rows = {row["step"]: row["unet/loss"] for row in read_history(tmp_path / "a") if "unet/loss" in row}
+    assert list(rows) == [1, 10, 20]
+    assert read_history(tmp_path / "b")[0]["unet/loss"] == rows[20]
+    assert all({"unet/lr", "unet/grad_norm", "images_per_second", "memory_gb"} <= row.keys()
+               for row in read_history(tmp_path / "a") if "unet/loss" in row)  # fmt: skip
+
+
+def test_tensorboard_gets_numbers_and_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    showing(tmp_path, report_to="tensorboard").fit()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert [event.step for event in events.Scalars("unet/loss")] == [1, 10, 20]
+    assert [(event.step, event.value) for event in events.Scalars("validation/score")] == [(10, 10.0), (20, 20.0)]
+    assert [(image.step, image.width, image.height) for image in events.Images("samples")] == [(10, 8, 4), (20, 8, 4)]
+
+
+class FakeRun:
+    id = "abc"
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.open = True
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self, **_: Any) -> None:
+        self.open = False
+
+
+def test_weights_and_biases_gets_numbers_and_pictures_offline_without_a_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
+    wandb, fake, started = ModuleType("wandb"), FakeRun(), []
+    wandb.init = lambda **options: started.append(options) or fake  # type: ignore[attr-defined]
+    wandb.Image = lambda path: ("image", Path(path).name)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    showing(tmp_path / "run", report_to="wandb").fit()
+    assert started[0]["mode"] == "offline"
+    assert started[0]["config"]["seed"] == 0
+    assert [row["step"] for row in fake.logged if "unet/loss" in row] == [1, 10, 20]
+    assert {"samples": ("image", "a sheet 10.png"), "step": 10} in fake.logged
+    assert not fake.open
+    showing(tmp_path / "run", report_to="wandb", resume_from_checkpoint="latest").fit()
+    assert (started[1]["id"], started[1]["resume"]) == ("abc", "allow")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    showing(tmp_path / "other", report_to="wandb").fit()
+    assert started[2]["mode"] is None  # wandb reads its own variable
+
+
+def test_the_real_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    showing(tmp_path, report_to="wandb").fit()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_tracker_that_is_not_installed_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    trainer = make_trainer(make_config(tmp_path, report_to=name))
+    with pytest.raises(LdmPipeError, match=f"{name} is not installed.*pip install {name}"):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+def test_the_page_at_the_end_shows_figures_curve_sheets_and_config(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trainer = showing(tmp_path / "a run")
+    trainer.fit()
+    text = (tmp_path / "a run" / "summary.md").read_text()
+    assert "| steps | 20 of 20 |" in text
+    assert f"| epochs | {20 * 4 / 11:.2f} |" in text
+    for name, value in (("seed", "0"), ("validation/score", "20"), ("device", "cpu")):
+        assert f"| {name} | {value} |" in text
+    assert "max_train_steps: 20\n" in text
+    links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert links == ["losses.png", "grids/a%20sheet%2020.png"]
+    for link in links:
+        with Image.open(tmp_path / "a run" / unquote(link)) as image:
+            image.load()
+
+
+def test_a_run_keeps_what_all_its_starts_were_made_with(tmp_path: Path) -> None:
+    run(tmp_path, max_train_steps=2, seed=5)
+    for _ in range(2):
+        run(tmp_path, max_train_steps=2, seed=5, resume_from_checkpoint="latest")
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["seed"] == 5
+    assert [start["first_step"] for start in (*facts["before"], facts)] == [0, 2, 2]
+    assert all("commit" in start and "before" not in start for start in facts["before"])
+
+
+# -- precision ---------------------------------------------------------------------------------------------------
+
+
+def test_bf16_computes_in_half_keeps_fp32_weights_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    unbroken = run(tmp_path / "a", mixed_precision="bf16")
+    assert all(t.dtype == torch.float32 for t in unbroken.raw["unet"].state_dict().values())
+    plain = whole_state(run(tmp_path / "b"))
+    assert not all(torch.equal(t, plain[name]) for name, t in whole_state(unbroken).items()), "it was fp32"
+    (tmp_path / "a" / "checkpoint-6").rename(tmp_path / "put-away")
+    resumed = run(tmp_path / "a", mixed_precision="bf16", resume_from_checkpoint="latest")
+    assert_same_bits(whole_state(resumed), whole_state(unbroken))
+
+
+def test_the_state_of_the_loss_scaler_is_saved(tmp_path: Path) -> None:
+    """fp16 itself needs a GPU; its scaler runs here too. It starts so high that the first gradients overflow."""
+
+    def scaled(folder: Path, **changes: Any) -> Trainer:
+        trainer = make_trainer(make_config(folder, **changes), wrap=lambda loss: lambda m: (loss(m)[0] * 64, {}))
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=2)
+        return trainer
+
+    unbroken = scaled(tmp_path / "a", max_train_steps=12)
+    unbroken.fit()
+    assert unbroken.skipped > 0
+    assert unbroken.accelerator.scaler is not None
+    scale = unbroken.accelerator.scaler.state_dict()
+    broken = scaled(tmp_path / "b", max_train_steps=12)
+    for _ in range(5):
+        broken.train_step()
+    broken.save()
+    resumed = scaled(tmp_path / "b", max_train_steps=12, resume_from_checkpoint="latest")
+    resumed.fit()
+    assert resumed.accelerator.scaler is not None
+    assert resumed.accelerator.scaler.state_dict() == scale
+    assert_same_bits(whole_state(resumed), whole_state(unbroken))
+
+
+def test_what_this_machine_cannot_do_is_said_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LdmPipeError, match="fp16 needs a GPU"):
+        start_processes("fp16")
+    monkeypatch.setattr("ldm_pipe.training.environment.find_spec", lambda _: None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(LdmPipeError, match=r"DeepSpeed, which is not installed.*pip install deepspeed"):
+        start_processes("no")
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_the_same_and_resumes(tmp_path: Path) -> None:
+    plain = whole_state(run(tmp_path / "plain"))
+    compiled = whole_state(run(tmp_path / "compiled", torch_compile=True))
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        if name.endswith((".exp_avg", ".step")):
+            torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-5)
+    (tmp_path / "compiled" / "checkpoint-6").rename(tmp_path / "put-away")
+    resumed = run(tmp_path / "compiled", torch_compile=True, resume_from_checkpoint="latest")
+    assert_same_bits(whole_state(resumed), compiled)
+
+
+# -- optimisers --------------------------------------------------------------------------------------------------
+
+
+def test_adafactor_is_lean_on_matrices_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    net = nn.Linear(64, 64)
+    optimizer = make_optimizer(net, OptimConfig(optimizer="adafactor"))
+    net(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    kept = sum(v.numel() for v in optimizer.state[net.weight].values() if isinstance(v, torch.Tensor))
+    assert kept <= 64 + 64 + 1  # AdamW: 2 * 64 * 64 + 1
+    optim = {"learning_rate": 1.0e-2, "lr_warmup_steps": 2, "optimizer": "adafactor"}
+    unbroken = run(tmp_path / "a", optim=optim)
+    (tmp_path / "a" / "checkpoint-6").rename(tmp_path / "put-away")
+    resumed = run(tmp_path / "a", optim=optim, resume_from_checkpoint="latest")
+    assert_same_bits(whole_state(resumed), whole_state(unbroken))
+
+
+def test_eight_bits_without_bitsandbytes_is_refused_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(LdmPipeError, match=r"bitsandbytes is not installed.*adafactor"):
+        make_optimizer(nn.Linear(2, 2), OptimConfig(optimizer="adamw_8bit"))
