@@ -167,6 +167,7 @@ class Adapters:
 
     text_encoders: tuple[Any, ...]
     _loras: Loras | None = None
+    _words: dict[str, str] | None = None  # loaded, and their files
 
     @property
     def loras(self) -> Loras:
@@ -271,6 +272,15 @@ class Adapters:
         target = safe_child(Path(save_directory), weight_name, "weight_name")
         save_lora(target, loaded[adapter_name].layers)
 
+    def adapter_settings(self) -> dict[str, str]:
+        """Return what a picture's settings say of LoRAs that act and of words, as `ldm-pipe generate` takes them."""
+        loras = self.loras.adapters.items() if self._loras is not None and self._loras.enabled else ()
+        told = {
+            "Lora": "; ".join(f"{name}:{_weight(adapter)}" for name, adapter in loras if adapter.active),
+            "Textual inversion": "; ".join(f"{path}:{word}" for word, path in (self._words or {}).items()),
+        }
+        return {name: text for name, text in told.items() if text}
+
     # New words
 
     def load_textual_inversion(
@@ -299,13 +309,17 @@ class Adapters:
             raise LdmPipeError(what, "load_textual_inversion", "Give one token for each file, or none.")
         options = {"subfolder": subfolder, "local_files_only": local_files_only, "revision": revision}
         for path, name in zip(paths, tokens, strict=True):
-            load_word(self._word_encoders(), _find(path, weight_name, WORD_NAME, **options), name)  # type: ignore[arg-type]
+            file = _find(path, weight_name, WORD_NAME, **options)  # type: ignore[arg-type]
+            word = load_word(self._word_encoders(), file, name)
+            self._words = {**(self._words or {}), word: str(path)}
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
         """Forget words that were loaded; None: all. The tables are what they were, to the bit."""
         names = [tokens] if isinstance(tokens, str) else None if tokens is None else list(tokens)
         for encoder in self._word_encoders():
             forget_words(encoder, names)
+        kept = (self._words or {}).items()
+        self._words = {} if names is None else {word: path for word, path in kept if word not in names}
 
     def _word_encoders(self) -> list[CLIPTextEncoder]:
         encoders = [encoder for encoder in self.text_encoders if isinstance(encoder, CLIPTextEncoder)]
@@ -315,6 +329,14 @@ class Adapters:
                 f"the text encoders are {kinds}", "textual inversion", "Only CLIP's learn words from files."
             )
         return encoders
+
+
+def _weight(adapter: _Adapter) -> str:
+    """Write a weight as one number, or by network."""
+    factor = 1.0 if adapter.fused is None else adapter.fused
+    if isinstance(adapter.weight, Mapping):
+        return "/".join(f"{part}={weight * factor:g}" for part, weight in adapter.weight.items())
+    return f"{adapter.weight * factor:g}"
 
 
 def _find(

@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXAMPLES = """examples:
   ldm-pipe generate "red apple" --seed 7 -n 4 -o out.png --grid
@@ -140,6 +140,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-files-only", action="store_true", help="never ask the network")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps; without it a GPU if there is one")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; default float32")
+    more: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE[:SCALE]"}
+    group.add_argument("--lora", help="LoRA, DoRA, LoHa or LoKr file; may be given several times", **more)
+    more["metavar"] = "FILE[:WORD]"
+    group.add_argument("--textual-inversion", "--textual_inversion", help="file of a word to use in prompts", **more)
 
 
 def _add_draw(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -238,8 +242,15 @@ def _add_film(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
-    parser.add_argument("source", help="model folder, training run or hub id")
-    parser.add_argument("target", help="folder to write")
+    parser.add_argument("source", help="model folder, training run or hub id; for --format lora a LoRA file or run")
+    parser.add_argument("target", help="folder to write, or .safetensors file")
+    parser.add_argument(
+        "--format",
+        choices=("diffusers", "single_file", "lora"),
+        default="diffusers",
+        help="a diffusers folder, one file for A1111 and ComfyUI, or a LoRA file for them",
+    )
+    parser.add_argument("--model", help="the model that the LoRA is of, for --format lora; default the shipped one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of all parts")
     parser.add_argument("--variant", help='name part of the weight files, such as "fp16"')
     parser.add_argument("--sampler", help="sampler the folder starts with; default the model's own")

@@ -179,8 +179,14 @@ class Defaults:
         return values
 
 
-def picture_infos(request: Request, model: str, model_hash: str | None) -> list[PngInfo]:
-    """Describe each picture of a request in the customary words; what is at its default is left out."""
+def picture_infos(
+    request: Request, model: str, model_hash: str | None, more: Mapping[str, str] | None = None
+) -> list[PngInfo]:
+    """Describe each picture of a request in the customary words; what is at its default is left out.
+
+    Args:
+        more: further settings, such as the LoRAs.
+    """
     sampling, rule = request.sampling, request.thresholding
     common = {
         "Steps": sampling.steps.num_steps,
@@ -205,6 +211,7 @@ def picture_infos(request: Request, model: str, model_hash: str | None) -> list[
         "Map": None if request.beside is None or request.beside.spatial is None else "given",
         "Handed over at": None if request.begin is None else f"{request.begin:g}",
         "Handed on at": None if request.end is None else f"{request.end:g}",
+        **(more or {}),
     }
     infos = []
     for i in range(request.num_pictures):

@@ -328,7 +328,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
             images,
             seeds=None if request.seeds is None else list(request.seeds),
             latents=z if request.return_latents else None,
-            infos=picture_infos(request, self.name, self.model_hash),
+            infos=picture_infos(request, self.name, self.model_hash, self.adapter_settings()),
         )
 
     # The stages

@@ -71,7 +71,36 @@ def load_pipeline(args: argparse.Namespace) -> LatentDiffusionPipeline:
     )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=args.quiet or None)
-    return pipe if device == "cpu" else pipe.to(device)
+    if device != "cpu":
+        pipe.to(device)
+    load_adapters(pipe, args.lora, args.textual_inversion)
+    return pipe
+
+
+def load_adapters(pipe: LatentDiffusionPipeline, loras: Sequence[str], words: Sequence[str]) -> None:
+    """Load FILE[:SCALE] and FILE[:WORD]; a LoRA is named as it was typed, so that the picture says how to get it again.
+
+    Raises: OutputError for a scale that is no number.
+    """
+    weights: dict[str, float] = {}
+    for text in loras:
+        path, tail = split_tail(text)
+        try:
+            weights[path] = float(tail or 1.0)
+        except ValueError:
+            raise OutputError(f"the scale of --lora is {tail!r:.80}", text, "Write FILE or FILE:0.8.") from None
+        pipe.load_lora_weights(path, path)
+    if weights:
+        pipe.set_adapters(list(weights), list(weights.values()))
+    for text in words:
+        path, word = split_tail(text)
+        pipe.load_textual_inversion(path, word)
+
+
+def split_tail(text: str) -> tuple[str, str | None]:
+    """Split FILE:TAIL; a path that exists as it stands has no tail."""
+    path, colon, tail = text.rpartition(":")
+    return (text, None) if not colon or Path(text).exists() or "/" in tail or "\\" in tail else (path, tail)
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:

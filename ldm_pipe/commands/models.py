@@ -80,6 +80,9 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
     words = ["ldm-pipe", "generate", prompt]
     for name, value in options.items():
         words += [name, value] if value else []
+    for option in ("Lora", "Textual inversion"):
+        for value in filter(None, settings.get(option, "").split("; ")):
+            words += [f"--{option.lower().replace(' ', '-')}", value]
     for option in settings.get("Sampler options", "").split():
         words += ["--sampler-option", option]
     return shlex.join(words) + (" --grid" if "Pictures" in settings else "")
@@ -134,6 +137,35 @@ def _count(folder: Path) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    """Write the format that was asked for, and read it again in the same command."""
+    given = {
+        "--sampler": (args.sampler, ("diffusers",)),
+        "--variant": (args.variant, ("diffusers", "single_file")),
+        "--overwrite": (args.overwrite, ("diffusers",)),
+        "--no-check": (args.no_check, ("diffusers",)),
+        "--model": (args.model, ("lora",)),
+    }
+    idle = [name for name, (value, formats) in given.items() if value and args.format not in formats]
+    if idle:
+        raise OutputError(f"{', '.join(idle)} have no effect with --format {args.format}", "export", "Leave them out.")
+    if args.format == "diffusers":
+        return _export_folder(args)
+    from ldm_pipe.interop.export_files import export_checked_file, export_checked_lora
+
+    if args.format == "lora":
+        notes = export_checked_lora(args.source, args.target, model=args.model)
+    else:
+        import torch
+
+        dtype = getattr(torch, args.dtype)
+        notes = export_checked_file(args.source, args.target, dtype=dtype, variant=args.variant)
+    for note in notes:
+        sys.stdout.write(f"note: {note}\n")
+    sys.stdout.write(f"{args.target}\n")
+    return 0
+
+
+def _export_folder(args: argparse.Namespace) -> int:
     """Write a diffusers folder and print how far its pictures are from ours."""
     import torch
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.interop.checkpoint import PICKLES, load_checkpoint
+from ldm_pipe.interop.index import folders_of
 from ldm_pipe.interop.ldm_names import rename, unet_modules
 from ldm_pipe.interop.lora_forms import (
     AnyLayer,
@@ -55,9 +56,8 @@ _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_e
 
 
 def networks_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return the networks of a pipeline by the names that LoRA files give them."""
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return {"unet": pipe.unet, **dict(zip(names, pipe.text_encoders, strict=False))}
+    """Return the networks of a pipeline by the names that LoRA files give them: those of their folders."""
+    return {"unet": pipe.unet, **dict(zip(folders_of(pipe.parts()), pipe.text_encoders, strict=True))}
 
 
 def _modules(net: nn.Module) -> dict[str, nn.Module]:
