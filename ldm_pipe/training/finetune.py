@@ -146,6 +146,8 @@ def check_config(config: FinetuneConfig) -> None:
         (config.with_prior_preservation and not (config.class_prompt and config.is_dreambooth),
          "with_prior_preservation without instance_prompt and class_prompt",
          "For instance --instance_prompt 'a sks dog' --class_prompt 'a dog'."),
+        (config.with_prior_preservation and config.data.streaming, "with_prior_preservation with data.streaming",
+         "A few pictures need no stream."),
         (config.class_prompt and not config.with_prior_preservation, "class_prompt without with_prior_preservation",
          "Add --with_prior_preservation."),
         (inversion and not all(WORD in template for template in config.templates),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from conditioning.text import ids_digest
 from ldm_pipe.data.cache import TextCache, module_hash
 from ldm_pipe.data.dataset import Records
+from ldm_pipe.data.stream import StreamOrder
 from ldm_pipe.drawing import encode
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
@@ -34,11 +35,12 @@ from ldm_pipe.training.pictures import (
     LatentBatch,
     LatentBatches,
     ShapePlan,
+    StreamBatches,
     drawing_weights,
     open_records,
     plan_shapes,
 )
-from ldm_pipe.training.rng import generator
+from ldm_pipe.training.rng import batch_uniform, generator
 
 
 def open_instances(config: FinetuneConfig) -> Records:
@@ -60,11 +62,12 @@ def captions_of(config: FinetuneConfig, records: Records) -> list[list[str]]:
     """Write the captions of every picture: each template with each of its captions, equally many for all pictures."""
     most = max(len(captions) for captions in records.caption_lists)
     rows = [[captions[i % len(captions)] for i in range(most)] for captions in records.caption_lists]
-    word = config.placeholder_token or ""
-    return [
-        [template.replace(CAPTION, caption).replace(WORD, word) for template in config.templates for caption in row]
-        for row in rows
-    ]
+    return [[write_caption(template, text, config) for template in config.templates for text in row] for row in rows]
+
+
+def write_caption(template: str, caption: str, config: FinetuneConfig) -> str:
+    """Put a picture's caption, and the new word where there is one, into a template."""
+    return template.replace(CAPTION, caption).replace(WORD, config.placeholder_token or "")
 
 
 def check_shapes(pipe: LatentDiffusionPipeline, plan: ShapePlan) -> None:
@@ -92,7 +95,7 @@ class Pictures:
     """
 
     pipe: LatentDiffusionPipeline
-    frames: LatentBatches | ImageBatches
+    frames: LatentBatches | ImageBatches | StreamBatches
     config: FinetuneConfig
 
     @torch.no_grad()
@@ -107,6 +110,9 @@ class Pictures:
     def beside(self, micro: Micro) -> dict[str, Tensor]:
         """Return what the U-Net reads beside x_t and the text: SDXL's six numbers, the mask and the known part."""
         batch, found = self._batch(micro), {}
+        if self.config.data.streaming:
+            assert isinstance(batch, ImageBatch)
+            found |= self._texts(batch.captions, micro)
         if self.pipe.unet.spec.embedding.number_dim:
             found["labels"] = batch.time_ids.float().to(self.pipe.device)
         if self.config.inpainting:
@@ -115,6 +121,19 @@ class Pictures:
             known = self.pipe.autoencoder.encode(batch.images.to(masks) * (masks < 0.5))
             found["spatial"] = torch.cat([F.interpolate(masks, size=known.shape[2:]), known], dim=1)
         return found
+
+    def _texts(self, captions: Sequence[str], micro: Micro) -> dict[str, Tensor]:
+        """Write, drop and encode the captions of a slice."""
+        config, encoders = self.config, self.pipe.text_encoders
+        draws = batch_uniform(2, config.seed, "streamed caption", micro.step, positions=micro.positions).tolist()
+        texts = []
+        for caption, (drop, which) in zip(captions, draws, strict=True):
+            template = config.templates[int(which * len(config.templates))]
+            texts.append("" if drop < config.caption_dropout else write_caption(template, caption, config))
+        if config.trains_tokens:
+            ids, mask = stacked_ids(encoders, texts)
+            return {"tokens": ids, "token_mask": mask}
+        return {name: value.float() for name, value in encode(self.pipe, texts).slots().items()}
 
     def _batch(self, micro: Micro) -> LatentBatch | ImageBatch:
         """Frame a slice once, for all who ask."""
@@ -170,14 +189,16 @@ class Inputs:
 
     Args:
         data: the run's pictures and captions.
-        num_rows: how many pictures.
+        num_rows: how many pictures; 0 for a stream.
         order: makes the data order of a global batch size.
+        fingerprint: of the pictures and captions, to notice changed ones.
         prior, num_prior: the pictures of the class, where it is preserved, and how many.
     """
 
     data: DiffusionData
     num_rows: int
     order: Callable[[int], Any]
+    fingerprint: str = ""
     prior: DiffusionData | None = None
     num_prior: int = 0
 
@@ -207,7 +228,20 @@ def make_inputs(
         found.append(DiffusionData(None, None, moments=pictures.moments, more=pictures.beside, **texts))
     order = plans[0].order(config.seed, drawing_weights(records, config.data))
     prior = found[1] if len(found) > 1 else None
-    return Inputs(found[0], len(records), order, prior, 0 if class_records is None else len(class_records))
+    num_prior = 0 if class_records is None else len(class_records)
+    return Inputs(found[0], len(records), order, records.fingerprint, prior, num_prior)
+
+
+def stream_inputs(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> Inputs:
+    """Read pictures and captions forward, nothing kept: both are encoded in the step that needs them."""
+    part = {"process_index": int(os.environ.get("RANK", "0")), "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    column = config.data.caption_column if config.reads_captions else None
+    data = config.data.model_copy(update={"caption_column": column})
+    pictures = Pictures(pipe, StreamBatches.open(data, config.seed, **part), config)
+    nothing = cache_texts(pipe, config, [[""]])
+    nothing["caption_rows"] = nothing["caption_rows"].expand(1 << 40, 1)  # the captions come with the pictures
+    found = DiffusionData(None, None, moments=pictures.moments, more=pictures.beside, **nothing)
+    return Inputs(found, 0, StreamOrder, f"stream of {config.data.train_data_dir}")
 
 
 def finetune_loss(

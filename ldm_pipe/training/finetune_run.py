@@ -16,7 +16,7 @@ from ldm_pipe.training.dreambooth import class_pictures
 from ldm_pipe.training.environment import git_commit, process_device
 from ldm_pipe.training.finetune import FinetuneConfig, check_config
 from ldm_pipe.training.finetune_convert import convert
-from ldm_pipe.training.finetune_data import finetune_loss, make_inputs, open_instances
+from ldm_pipe.training.finetune_data import finetune_loss, make_inputs, open_instances, stream_inputs
 from ldm_pipe.training.finetune_nets import Trained, build_trained
 from ldm_pipe.training.loop import Part, Trainer
 
@@ -56,13 +56,14 @@ def draw_sheet(pipe: LatentDiffusionPipeline, config: FinetuneConfig, path: Path
 
 def make_trainer(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> tuple[Trainer, Trained]:
     """Put data, networks, loss and results of a run together."""
-    records = open_instances(config)
+    records = None if config.data.streaming else open_instances(config)
     others = class_pictures(pipe, config) if config.with_prior_preservation else None
     folder = Path(config.output_dir)
     trained = build_trained(pipe, config)
-    inputs = make_inputs(pipe, config, records, others)
+    inputs = stream_inputs(pipe, config) if records is None else make_inputs(pipe, config, records, others)
     facts = {
-        "data": f"{len(records)} pictures of {config.data.train_data_dir}", "steps": str(config.max_train_steps),
+        "data": f"{inputs.num_rows or 'a stream of'} pictures of {config.data.train_data_dir}",
+        "steps": str(config.max_train_steps),
         "commit": git_commit() or "unknown", "fine-tuned from": pipe.name, "method": config.method,
     }  # fmt: skip
 
@@ -77,7 +78,7 @@ def make_trainer(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> tuple
     )  # fmt: skip
     trainer = Trainer(
         config, [part], num_items=inputs.num_rows, order=inputs.order,
-        fingerprint=records.fingerprint, validate=validate if config.validation_prompts else None,
+        fingerprint=inputs.fingerprint, validate=validate if config.validation_prompts else None,
         save_result=lambda: trained.save(folder, facts),
     )  # fmt: skip
     sizes = {"global_batch": trainer.global_batch, "device": process_device()}

@@ -50,9 +50,11 @@ def test_the_flags_of_diffusers_examples_mean_the_same_here() -> None:
 
 
 def test_other_spellings_of_flags() -> None:
-    words = ["--learning-rate=1e-5", "--instance_data_dir", "d", "--no_random_flip", "--validation_prompt", "a"]
+    words = ["--learning-rate=1e-5", "--instance_data_dir", "d", "--no_random_flip", "--no-cache-latents"]
     wanted = ["--optim.learning_rate=1e-5", "--data.train_data_dir", "d", "--data.no_random_flip"]
-    assert flat_flags(words) == [*wanted, "--validation_prompts", "a"]
+    assert flat_flags(words) == [*wanted, "--no_cache_latents"]
+    assert not parse_config(FinetuneConfig, flat_flags(words), "test").cache_latents
+    assert flat_flags(["--validation_prompt", "a"]) == ["--validation_prompts", "a"]
     assert flat_flags(["--config", "a.yaml", "--optim.adam_beta1", "-1"]) == [
         "--config", "a.yaml", "--optim.adam_beta1", "-1"
     ]  # fmt: skip
@@ -89,6 +91,10 @@ WORDS = {"method": "textual_inversion", "placeholder_token": "<x>", "initializer
         ({"method": "lora", "inpainting": True}, "inpainting"),
         ({"with_prior_preservation": True, "class_prompt": "a"}, "instance_prompt and class_prompt"),
         ({"class_prompt": "a"}, "without with_prior_preservation"),
+        (
+            {"with_prior_preservation": True, "class_prompt": "a", "instance_prompt": "b", "data": {"streaming": True}},
+            "data.streaming",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_together_are_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:

@@ -146,6 +146,22 @@ def test_encoding_in_every_step_gives_the_loss_of_the_cache(tmp_path: Path) -> N
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["lora", "word"])
+def test_a_stream_is_trained_on_and_resumed(method: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = sorted(make_pictures(tmp_path / "pictures").glob("*.png"))
+    rows = {"image": [str(path) for path in files], "text": [f"{path.stem} apple" for path in files]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "rows.parquet")
+    changes = {**METHODS[method], "data": {"train_data_dir": str(tmp_path / "rows.parquet"), "streaming": True}}
+    changes |= {"checkpoints_total_limit": 3}
+    whole = start(tmp_path, **changes)[0]
+    whole.fit()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    again = start(tmp_path, resume_from_checkpoint="latest", **changes)[0]
+    again.fit()
+    assert_same_bits(whole_state(again), whole_state(whole))
+
+
 def test_class_pictures_are_drawn_once(tmp_path: Path) -> None:
     start(tmp_path, **METHODS["dreambooth"])
     folder = tmp_path / "run" / "class_images"
