@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
@@ -17,6 +19,7 @@ from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.interop.textual_inversion import read_vectors
 from ldm_pipe.pretrained import LdmPipeError, load_tensors
 from ldm_pipe.training.finetune_nets import LORA_FILE, WORD_FILE
+from ldm_pipe.training.finetune_run import draw_sheet
 from ldm_pipe.training.loop import Micro
 from tests.finetuning import TINY, make_pictures, start
 from tests.single_files import make_folder
@@ -29,7 +32,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "attention": {"train_parts": ["cross_attention"]},
     "encoder": {"train_text_encoder": True},
     "lora": {"method": "lora"},
-    "lora-encoder": {"method": "lora", "train_text_encoder": True, "rank": 2, "lora_alpha": 4.0, "use_ema": True},
+    "lora-encoder": {
+        "method": "lora",
+        "train_text_encoder": True,
+        "rank": 2,
+        "lora_alpha": 4.0,
+        "use_ema": True,
+        "gradient_checkpointing": True,
+        "mixed_precision": "bf16",
+    },
     "word": WORD,
     "inpainting": {"inpainting": True},
     "conversion": {"prediction_type": "v_prediction", "zero_terminal_snr": True, "snr_gamma": 5.0},
@@ -136,6 +147,19 @@ def test_a_run_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
         assert (
             sum(t.numel() for t in load_tensors(tmp_path / "run" / "checkpoint-4" / "unet.safetensors").values()) < 1e5
         )
+
+
+def test_validation_draws_what_the_result_draws(tmp_path: Path) -> None:
+    sheet = {"validation_prompts": ["red apple", "worm"], "num_validation_images": 2, "validation_steps": 2}
+    changes = {**sheet, "validation_num_inference_steps": 2, "use_ema": True, "ema_decay": 0.5}
+    trainer, _, _ = start(tmp_path, **changes)
+    trainer.fit()
+    draw_sheet(LatentDiffusionPipeline.from_pretrained(tmp_path / "run"), trainer.config, tmp_path / "again.png")  # type: ignore[arg-type]
+    sheets = sorted((tmp_path / "run" / "grids").iterdir())
+    assert [path.name for path in sheets] == ["step-000002.png", "step-000004.png"]
+    first, last, again = (np.asarray(Image.open(path)).astype(int) for path in (*sheets, tmp_path / "again.png"))
+    assert abs(last - again).max() <= 1
+    assert abs(first - again).max() > 1
 
 
 def test_encoding_in_every_step_gives_the_loss_of_the_cache(tmp_path: Path) -> None:
