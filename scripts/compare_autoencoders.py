@@ -4,7 +4,7 @@
         --evaluation runs/emoji/evaluation --output docs/images/autoencoder
 
 What enters: folders of training runs, and for each a folder of the same name that `scripts/evaluate.py autoencoder`
-wrote. What leaves: rows of a table on the standard output, `<output>-curves.png` and `<output>-sheet.png`.
+wrote. What leaves: rows of a table on the standard output, `<output>-curves.png` and `<output>-sheet.webp`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def plot_curves(runs: list[Path]) -> bytes:
 
 @torch.no_grad()
 def draw_sheet(runs: list[Path], pictures: Path, num: int) -> bytes:
-    """Lay pictures out in the first row and each run's reconstructions in one row below; return the PNG."""
+    """Lay pictures out in the first row and each run's reconstructions in one row below; return the WebP."""
     records, models = load_records(pictures, caption_column="caption"), [load_autoencoder(run / "vae") for run in runs]
     num, side = min(num, len(records)), models[0].config["sample_size"]
     images = torch.stack([to_tensor(resize(records.image(i * len(records) // num), side)) for i in range(num)])
@@ -108,7 +108,7 @@ def draw_sheet(runs: list[Path], pictures: Path, num: int) -> bytes:
     names = ["originals", *(run.name.replace("-", " ") for run in runs)]
     labels = [text for name in names for text in (name, *[""] * (num - 1))]
     buffer = io.BytesIO()
-    make_grid(cells, num, labels=labels).save(buffer, format="PNG", optimize=True)
+    make_grid(cells, num, labels=labels).save(buffer, format="WEBP", quality=90)
     return buffer.getvalue()
 
 
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     print("\n".join(table(args.runs, args.evaluation)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(Path(f"{args.output}-curves.png"), plot_curves(args.runs))
-    atomic_write(Path(f"{args.output}-sheet.png"), draw_sheet(args.runs, args.pictures, args.num_pictures))
+    atomic_write(Path(f"{args.output}-sheet.webp"), draw_sheet(args.runs, args.pictures, args.num_pictures))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_runs_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| kl | 20.00 | 0.500 | 0.100 | - | 5000 | - | - | 1,234 | 20.0 |"
     assert lines[3] == "| vq | 20.00 | 0.500 | - | - | - | 91.0% | 300 | 1,234 | 20.0 |"
-    with Image.open(tmp_path / "out" / "ae-sheet.png") as sheet:
+    with Image.open(tmp_path / "out" / "ae-sheet.webp") as sheet:
         assert sheet.width == 3 * 36 + 4, "as many columns as there are pictures"
     with Image.open(tmp_path / "out" / "ae-curves.png") as curves:
         assert curves.width > curves.height
