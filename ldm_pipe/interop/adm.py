@@ -246,8 +246,8 @@ def import_adm(
     if heads is None:
         heads, law = known_heads(shape, where)
     config = write_adm_config(shape, heads)
-    if law is not None and shape.in_channels == 3:
-        config["sample_size"] = 2 ** (len(shape.channels) + 2)  # 64 has 4 levels, 128 has 5, 256 has 6, 512 has 7
+    if law is not None:
+        config["sample_size"] = 32 * 2 ** shape.attends.index(True)  # it attends from 32 positions a side on
     with torch.device("meta"):
         net = UNet.from_config(config)
     ours = from_adm(tensors, net, heads.order)
@@ -260,25 +260,20 @@ def import_adm(
         scheduler["variance_type"] = "learned_range" if shape.out_channels == 2 * 3 else "fixed_small"
         text = json.dumps(scheduler, indent=2)
         atomic_write(target / "scheduler" / "scheduler_config.json", text + "\n")
-        notes += _write_index(target, shape, str(config["_class_name"]))
+        _write_index(target, shape, str(config["_class_name"]))
     if config["_class_name"] == OWN_CLASS_2D:
         notes.append("diffusers' UNet2DModel cannot represent this network: it is a folder for ldm_pipe only.")
     return tuple(notes)
 
 
-def _write_index(target: Path, shape: Shape, unet: str) -> list[str]:
-    """Write `model_index.json`: diffusers' pipeline where it draws with the network, else ours.
-
-    Returns: a note, where no pipeline draws with it.
-    """
-    if shape.in_channels != 3:
-        return ["It enlarges a picture, which no pipeline here does in pixels without a prompt: use its U-Net."]
+def _write_index(target: Path, shape: Shape, unet: str) -> None:
+    """Write `model_index.json`: diffusers' pipeline where it draws with the network, else ours."""
     plain = shape.num_classes == 0 and unet == "UNet2DModel"
+    name = "DDPMPipeline" if plain else "UnconditionalPipeline"
     index = {
-        "_class_name": "DDPMPipeline" if plain else "UnconditionalPipeline",
+        "_class_name": name if shape.in_channels == 3 else "SuperResolutionPipeline",
         "_diffusers_version": "0.38.0",
         "unet": ["ldm_pipe" if unet == OWN_CLASS_2D else "diffusers", unet],
         "scheduler": ["diffusers", _SCHEDULER["_class_name"]],
     }
     atomic_write(target / "model_index.json", json.dumps(index, indent=2) + "\n")
-    return []

@@ -40,6 +40,7 @@ from ldm_pipe.unet import UNet
 from ldm_pipe.unet.config_2d import OWN_CLASS_2D
 
 OWN_UNCONDITIONAL = "UnconditionalPipeline"  # by class, or with a network that no pipeline of diffusers draws with
+OWN_SUPER_RESOLUTION = "SuperResolutionPipeline"  # in pixels
 CLASSES: dict[str, tuple[str, ...]] = {  # the pipelines of diffusers, and the parts they need
     "DDPMPipeline": ("unet", "scheduler"),
     "DDIMPipeline": ("unet", "scheduler"),
@@ -49,6 +50,7 @@ CLASSES: dict[str, tuple[str, ...]] = {  # the pipelines of diffusers, and the p
     "StableDiffusionUpscalePipeline": ("unet", "vae", "scheduler", "low_res_scheduler"),
     "IFSuperResolutionPipeline": ("unet", "scheduler", "image_noising_scheduler"),
     "LDMSuperResolutionPipeline": ("unet", "vqvae", "scheduler"),
+    OWN_SUPER_RESOLUTION: ("unet", "scheduler"),
 }
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel", OWN_CLASS_2D),

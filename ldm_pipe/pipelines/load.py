@@ -41,7 +41,7 @@ def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline
             return pixel.PixelDiffusionPipeline.from_pretrained(root, **options)
         case upscale.LATENT | upscale.PIXEL:
             return upscale.UpscalePipeline.from_pretrained(root, **options)
-        case super_resolution.CLASS:
+        case super_resolution.CLASS | files.OWN_SUPER_RESOLUTION:
             return super_resolution.SuperResolutionPipeline.from_pretrained(root, **options)
         case _:  # what it does not draw either it refuses, by name
             return LatentDiffusionPipeline.from_pretrained(root, **options)

@@ -18,7 +18,8 @@ from conditioning import AnyTextEncoder
 from ldm_pipe import drawing
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, check_call, check_side, check_texts, draw_pictures, first_noise
+from ldm_pipe.pipelines.calls import Call, draw_pictures, first_noise
+from ldm_pipe.pipelines.checks import check_call, check_side, check_texts
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError

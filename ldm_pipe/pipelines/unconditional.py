@@ -23,17 +23,8 @@ from ldm_pipe import drawing, guidance
 from ldm_pipe.guidance.classifier import Classifier
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, real_number
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import (
-    Call,
-    Wrap,
-    check_call,
-    check_scale,
-    check_side,
-    draw_pictures,
-    first_noise,
-    no_texts,
-    with_wrapped,
-)
+from ldm_pipe.pipelines.calls import Call, Wrap, draw_pictures, first_noise, with_wrapped
+from ldm_pipe.pipelines.checks import check_call, check_labels, check_scale, check_side, no_texts
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
@@ -78,7 +69,7 @@ class UnconditionalPipeline(Placement, Call):
             what = f"the U-Net maps {unet.spec.in_channels} to {unet.spec.out_channels} channels, x has {channels}"
             raise LdmPipeError(what, "UnconditionalPipeline", "A U-Net that also reads a picture enlarges it.")
         if null_label is not None:
-            self._labels([null_label], 1, "null_label")
+            check_labels([null_label], 1, self.num_classes, "null_label")
 
     @property
     def num_classes(self) -> int:
@@ -170,9 +161,11 @@ class UnconditionalPipeline(Placement, Call):
         rows, columns = (check_side(name, given[name], side, self.factor) for name, side in sides)
         request = check_call(self, given, no_texts(count, check_scale(self, given)), (rows, columns))
         if classifier is not None:
-            labels = self._labels(class_labels, count, "class_labels (for the classifier)").to(self.device)
+            labels = check_labels(class_labels, count, self.num_classes, "class_labels (for the classifier)").to(
+                self.device
+            )
             scale = real_number("classifier_scale", classifier_scale, 0.0, 1000.0)
-            request = with_wrapped(request, self._steer(request, classifier, labels, scale))
+            request = with_wrapped(request, self._steer(request, classifier, labels.to(self.device), scale))
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
             output = draw_pictures(self, request, first_noise(self, request, draw), draw, cond, uncond)
@@ -199,20 +192,10 @@ class UnconditionalPipeline(Placement, Call):
             if scale > 1:
                 raise LdmPipeError(f"guidance_scale is {scale:g}", how_to_fix="without classes there is no guidance")
             return Condition(), None, count
-        rows = self._labels(labels, count, "class_labels").to(self.device)
+        rows = check_labels(labels, count, self.num_classes).to(self.device)
         if scale <= 1:
             return Condition(labels=rows), None, count
         if self.null_label is None:
             advice = "set pipe.null_label to the class that means none, if the U-Net learnt one"
             raise LdmPipeError(f"guidance_scale is {scale:g}, but no null class is known", how_to_fix=advice)
         return Condition(labels=rows), Condition(labels=torch.full_like(rows, self.null_label)), count
-
-    def _labels(self, labels: Any, count: int, name: str) -> Tensor:
-        """Read one class per picture, (B,)."""
-        given = labels.tolist() if isinstance(labels, Tensor) else labels
-        rows = list(given) if isinstance(given, (list, tuple)) else [given] * count
-        last = self.num_classes - 1 if self.num_classes else 2**31 - 1
-        for value in rows:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= last:
-                raise LdmPipeError(f"{name} holds {value!r:.80}", how_to_fix=f"give whole numbers from 0 to {last}")
-        return torch.tensor(rows, dtype=torch.int64)

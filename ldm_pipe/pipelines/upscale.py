@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
@@ -22,7 +22,8 @@ from ldm_pipe import drawing
 from ldm_pipe.noise import Draw
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, whole_number
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, check_call, check_side, check_small, check_texts, draw_pictures, first_noise
+from ldm_pipe.pipelines.calls import Call, draw_pictures, first_noise
+from ldm_pipe.pipelines.checks import check_call, check_small, check_texts, fit_small
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
@@ -208,16 +209,8 @@ class UpscalePipeline(Placement, Call):
         texts = check_texts(self, given)
         each = given["num_images_per_prompt"] or 1
         small = check_small(given["image"], texts.num_pictures, texts.num_pictures // each)
-        if self.in_pixels:
-            sides = zip(("height", "width"), self.default_size, strict=True)
-            size = tuple(check_side(name, given[name], side, 1) for name, side in sides)
-            small = nn.functional.interpolate(small, size, mode="bilinear", align_corners=True)
-        else:
-            size = (small.shape[2] * self.factor, small.shape[3] * self.factor)
-            if given["height"] not in (None, size[0]) or given["width"] not in (None, size[1]):
-                what = f"height and width are {given['height']} and {given['width']}"
-                raise LdmPipeError(what, how_to_fix=f"leave them out: the result is {size[0]}x{size[1]}")
-        return check_call(self, given, texts, (size[0], size[1])), small, level
+        small, size = fit_small(self, small, given, align_corners=True)
+        return check_call(self, given, texts, size), small, level
 
     def _noises(self, request: Request, small: Tensor, level: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """Draw the first noise, and lay noise over the small picture; draws come in diffusers' order."""

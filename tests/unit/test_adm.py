@@ -213,9 +213,9 @@ def test_a_published_model_becomes_a_folder_that_draws(
     pipe: Any = load_pipeline(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe, UnconditionalPipeline)
-    assert (pipe.num_classes, pipe.default_size, pipe.defaults.sampler) == (5, (16, 16), "ddpm")
+    assert (pipe.num_classes, pipe.default_size, pipe.defaults.sampler) == (5, (64, 64), "ddpm")
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    z = pipe(class_labels=3, latents=noise, num_inference_steps=1, output_type="latent").images
+    z = pipe(class_labels=3, latents=noise, height=16, width=16, num_inference_steps=1, output_type="latent").images
     t = torch.tensor([0.0])  # one step of 1000, with leading spacing, is the last time
     alpha, sigma = (float(level) for level in pipe.schedule.alpha_sigma(t[0].double()))
     eps = reference(noise, t, torch.tensor([3]))[:, :3]

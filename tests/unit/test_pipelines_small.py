@@ -22,7 +22,7 @@ from ldm_pipe.pipelines import (
     UnconditionalPipeline,
     UpscalePipeline,
 )
-from ldm_pipe.pipelines.calls import thresholding_of
+from ldm_pipe.pipelines.checks import thresholding_of
 from ldm_pipe.pretrained import LdmPipeError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
@@ -78,11 +78,23 @@ def enlarging() -> SuperResolutionPipeline:
     return quiet(SuperResolutionPipeline(network(in_channels=6), vq, LAW))
 
 
+def enlarging_by_class() -> SuperResolutionPipeline:
+    """Build the shape of ADM's 64 -> 256: in pixels, by class, with a variance."""
+    unet = network(in_channels=6, out_channels=6, num_class_embeds=5, sample_size=16)
+    return quiet(SuperResolutionPipeline(unet, None, LAW, defaults=Defaults(sampler="ddpm")))
+
+
 MAKERS: dict[str, Callable[[], Any]] = {
     "DDIMPipeline": unconditional,
     "LDMPipeline": latent,
     "UnconditionalPipeline": by_class,
     "LDMSuperResolutionPipeline": enlarging,
+    "SuperResolutionPipeline": enlarging_by_class,
+}
+CALLS: dict[str, dict[str, Any]] = {
+    "UnconditionalPipeline": {"class_labels": 1},
+    "LDMSuperResolutionPipeline": {"image": torch.rand(3, 8, 8)},
+    "SuperResolutionPipeline": {"image": torch.rand(3, 8, 8), "class_labels": 1},
 }
 
 
@@ -99,9 +111,8 @@ def test_a_folder_is_opened_by_the_class_that_wrote_it(name: str, tmp_path: Path
     low: Any = ldm_pipe.load_pipeline(tmp_path / "n", variant="low", dtype="bfloat16")
     assert low.dtype == torch.bfloat16
     assert getattr(low, "null_label", None) == getattr(pipe, "null_label", None)
-    call = {"UnconditionalPipeline": {"class_labels": 1}, "LDMSuperResolutionPipeline": {"image": torch.rand(3, 8, 8)}}
-    drawn = quiet(low)(**call.get(name, {}), **FEW, seed=0).images
-    torch.testing.assert_close(drawn, pipe(**call.get(name, {}), **FEW, seed=0).images, rtol=0, atol=0.1)
+    call = {**CALLS.get(name, {}), **FEW, "seed": 0}
+    torch.testing.assert_close(quiet(low)(**call).images, pipe(**call).images, rtol=0, atol=0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "n"]
     with pytest.raises(LdmPipeError, match="differ"):
         ldm_pipe.load_pipeline(tmp_path / "m", dtype="float16", torch_dtype="float32")
@@ -228,12 +239,30 @@ def test_a_classifier_pulls_pictures_towards_its_class(sampler: str) -> None:
         (by_class, {"class_labels": [1, 2], "batch_size": 3}),
         (lambda: by_class(None), {"class_labels": 1, "guidance_scale": 2.0}),
         (enlarging, {}),
+        (enlarging, {"image": torch.rand(3, 8, 8), "class_labels": 1}),
+        (enlarging, {"image": torch.rand(3, 8, 8), "height": 24}),
+        (enlarging_by_class, {"image": torch.rand(3, 8, 8)}),
+        (enlarging_by_class, {"image": torch.rand(3, 8, 8), "class_labels": 5}),
         (enlarging, {"image": torch.rand(2, 3, 8, 8), "batch_size": 3}),
     ],
 )
 def test_a_wrong_call_is_refused_before_any_work(maker: Callable[[], Any], call: dict[str, Any]) -> None:
     with pytest.raises(LdmPipeError):
         maker()(**{**FEW, **call})
+
+
+def test_enlarging_by_class_in_pixels_is_adms() -> None:
+    """SuperResModel of guided-diffusion: the picture enlarged bilinearly beside x_t, and the class."""
+    pipe, small = enlarging_by_class(), torch.rand(2, 3, 8, 8)
+    noise = torch.randn(2, 3, 16, 16)
+    call: dict[str, Any] = {"latents": noise, "num_inference_steps": 1, "output_type": "latent"}
+    z = pipe(small, class_labels=[1, 3], **call).images
+    enlarged = torch.nn.functional.interpolate(small * 2 - 1, (16, 16), mode="bilinear")
+    with torch.no_grad():
+        eps = pipe.unet(noise, 0.0, spatial=enlarged, labels=torch.tensor([1, 3]))[:, :3]
+    alpha, sigma = (float(level) for level in LAW.alpha_sigma(torch.tensor(0.0, dtype=torch.float64)))
+    torch.testing.assert_close(z, (noise - sigma * eps) / alpha, rtol=0, atol=1e-4)
+    assert pipe(small[0], class_labels=2, height=12, width=20, **FEW).images.shape == (1, 3, 12, 20)
 
 
 def test_a_callback_sees_changes_and_stops() -> None:
