@@ -32,6 +32,7 @@ from ldm_pipe.training.config import parse_config, run_script
 from ldm_pipe.training.diffusion import (
     DiffusionConfig,
     DiffusionData,
+    Texts,
     build_importance,
     build_objective,
     diffusion_loss,
@@ -83,7 +84,7 @@ def cache_latents(
 
 
 @torch.no_grad()
-def cache_texts(config: DiffusionConfig, records: Records, text_encoder: AnyTextEncoder) -> dict[str, Tensor | None]:
+def cache_texts(config: DiffusionConfig, records: Records, text_encoders: list[AnyTextEncoder]) -> dict[str, Any]:
     """Compute, or find, the embeddings of every caption variant; token ids where the encoder is trained too.
 
     Returns: the fields of `DiffusionData` that captions fill.
@@ -91,29 +92,39 @@ def cache_texts(config: DiffusionConfig, records: Records, text_encoder: AnyText
     variants = caption_variants(
         records.caption_lists, records.keywords, config.num_caption_variants, config.seed, mix_caption
     )
+    text_encoder, *others = text_encoders
     texts = list(dict.fromkeys(text for row in variants for text in row if text))
     if config.train_text_encoder:
+        if others:
+            what = "train_text_encoder trains one encoder, text_encoder_2 names another"
+            raise LdmPipeError(what, "config", "Leave one of the two out.")
         rows = {text: row for row, text in enumerate(texts)}
         table = torch.tensor([[rows.get(text, len(texts)) for text in row] for row in variants])
         ids, mask = token_ids(text_encoder, [*texts, ""])
         return {"tokens": ids, "token_mask": mask, "caption_rows": table}
-    with tqdm(total=len(texts) + 1, desc="captions") as bar:
-        embeddings = TextCache.build(
-            config.cache_dir, [*texts, ""], text_encoder.encode,
-            encoder_hash=f"{module_hash(text_encoder)} {ids_digest(text_encoder, [*texts, ''])}",
+    found = [embed(config, [*texts, ""], encoder) for encoder in text_encoders]
+    second = Texts(found[1].tokens, found[1].token_mask, found[1].pooled) if others else None
+    told = {"token_mask": found[0].token_mask, "pooled": found[0].pooled, "second": second}
+    return {"tokens": found[0].tokens, "caption_rows": found[0].table(variants), **told}
+
+
+def embed(config: DiffusionConfig, texts: list[str], text_encoder: AnyTextEncoder) -> TextCache:
+    """Compute, or find, what one encoder says of texts."""
+    with tqdm(total=len(texts), desc="captions") as bar:
+        return TextCache.build(
+            config.cache_dir, texts, text_encoder.encode,
+            encoder_hash=f"{module_hash(text_encoder)} {ids_digest(text_encoder, texts)}",
             dtype=torch.float16, progress=lambda done, _: bar.update(done - bar.n) and None,
         )  # fmt: skip
-    told = {"token_mask": embeddings.token_mask, "pooled": embeddings.pooled}
-    return {"tokens": embeddings.tokens, "caption_rows": embeddings.table(variants), **told}
 
 
 def cache_inputs(
-    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, text_encoder: AnyTextEncoder, plan: ShapePlan
+    config: DiffusionConfig, records: Records, autoencoder: Autoencoder, encoders: list[AnyTextEncoder], plan: ShapePlan
 ) -> DiffusionData:
     """Gather everything a step needs."""
     side = config.data.resolution // autoencoder.factor
     moments = cache_latents(config, records, autoencoder, plan)
-    told: Any = cache_texts(config, records, text_encoder)
+    told = cache_texts(config, records, encoders)
     return DiffusionData(None, None, beside=Beside.read(records, config.data, (side, side)), moments=moments, **told)
 
 
@@ -134,19 +145,23 @@ def main(argv: list[str]) -> None:
     """Run one training."""
     config = parse_config(DiffusionConfig, argv, "Train the diffusion model (second stage).")
     if config.data.streaming:
-        raise LdmPipeError("a stream has no cached latents", "data.streaming", "Leave it out, or use finetune.py.")
+        raise LdmPipeError(
+            "a stream has no cached latents", "data.streaming", "Leave it out: they are computed once and kept."
+        )
     records = open_records(config.data)
     device = process_device()
     autoencoder = load_autoencoder(config.autoencoder, device=device).requires_grad_(False)
-    text_encoder = load_text_encoder(config.text_encoder, device=device).requires_grad_(False)
+    names = [name for name in (config.text_encoder, config.text_encoder_2) if name is not None]
+    text_encoders = [load_text_encoder(name, device=device).requires_grad_(False) for name in names]
     schedule = config.schedule.build()
     build_objective(config, schedule)  # refuses senseless settings before the work of caching
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_shapes(records, config.data, global_batch)
-    data = cache_inputs(config, records, autoencoder, text_encoder, plan)
+    data = cache_inputs(config, records, autoencoder, text_encoders, plan)
     beside = data.beside or Beside()
-    unet = build_unet(config, autoencoder, text_encoder.config.hidden_size, beside).to(device)
-    net = JointNet(unet, text_encoder) if config.train_text_encoder else unet
+    token_width = sum(encoder.config.hidden_size for encoder in text_encoders)
+    unet = build_unet(config, autoencoder, token_width, beside).to(device)
+    net = JointNet(unet, text_encoders[0]) if config.train_text_encoder else unet
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     sampler, spacing = ("ddim", "leading") if config.schedule.kind == "discrete" else ("euler", None)
@@ -156,7 +171,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     inputs = {"spatial": beside.spatial, "labels": beside.classes}
     told: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
-    pipe = LatentDiffusionPipeline(unet, autoencoder, [text_encoder], schedule, defaults=defaults, **told)
+    pipe = LatentDiffusionPipeline(unet, autoencoder, text_encoders, schedule, defaults=defaults, **told)
     folder = Path(config.output_dir)
 
     def validate(step: int, trainer: Trainer) -> None:

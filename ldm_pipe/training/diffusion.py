@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from conditioning import Condition
 from conditioning.joined import drop_masks
 from ldm_pipe import objectives, times
 from ldm_pipe.betas import BetaSchedule
@@ -101,6 +102,7 @@ class DiffusionConfig(TrainConfig):
 
     autoencoder: str = Field("runs/emoji/autoencoder/vae", description="folder of the trained autoencoder")
     text_encoder: str = Field("runs/emoji/clip", description="folder holding text_encoder/ and tokenizer/")
+    text_encoder_2: str | None = Field(None, description="a second one, frozen, of as many tokens; joined by channels")
     train_text_encoder: bool = Field(False, description="train it jointly with the U-Net; false: frozen and cached")
     cache_dir: str = Field("runs/cache", description="latents and text embeddings are computed once and kept here")
     unet: UNetConfig = UNetConfig()
@@ -108,6 +110,7 @@ class DiffusionConfig(TrainConfig):
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="share of captions replaced by the empty prompt, for guidance"
     )
+    caption_dropout_2: float = Field(0.1, ge=0, le=1, description="the same for text_encoder_2 alone")
     mask_dropout: float = Field(0.1, ge=0, le=1, description="share of maps left out; of a data.mask_column")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of classes left out; of a data.label_column")
     all_dropout: float = Field(0.0, ge=0, le=1, description="share of pictures that lose all of these at once")
@@ -135,6 +138,21 @@ class DiffusionConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class Texts:
+    """What a text encoder says of all distinct texts, (V, L, D), (V, L) and (V, P); the last is the empty prompt."""
+
+    tokens: Tensor
+    token_mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def condition(self, rows: Tensor, device: torch.device) -> Condition:
+        """Return the condition of some texts."""
+        slots = {"tokens": self.tokens, "token_mask": self.token_mask, "pooled": self.pooled}
+        taken = {name: value[rows] for name, value in slots.items() if value is not None}
+        return Condition(**taken).to(device, torch.float32)
+
+
+@dataclass(frozen=True)
 class DiffusionData:
     """Everything a step needs.
 
@@ -144,6 +162,7 @@ class DiffusionData:
             last row is the empty prompt.
         caption_rows: rows of `tokens` that describe picture i, (N, K) int64.
         token_mask, pooled: of all distinct texts, (V, L) and (V, P), where the text encoder gives them.
+        second: what a second encoder says of the same texts.
         beside: maps and labels of the pictures.
         moments: mean and std of the rows of a slice, (B, C, h, w) each; all slices of a step have one size.
         more: further slots of the network for a slice.
@@ -155,6 +174,7 @@ class DiffusionData:
     caption_rows: Tensor
     token_mask: Tensor | None = None
     pooled: Tensor | None = None
+    second: Texts | None = None
     beside: Beside | None = None
     moments: Callable[[Micro], tuple[Tensor, Tensor]] | None = None
     more: Callable[[Micro], dict[str, Tensor]] | None = None
@@ -170,11 +190,14 @@ class DiffusionData:
             raise LdmPipeError("neither mean and std nor moments were given", "DiffusionData")
         return self.mean[micro.indices], self.std[micro.indices]
 
-    def condition(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Return the slots of some texts."""
-        slots = {"tokens": self.tokens, "token_mask": self.token_mask, "pooled": self.pooled}
-        taken = {name: value[rows].to(device) for name, value in slots.items() if value is not None}
-        return {name: value.float() if value.is_floating_point() else value for name, value in taken.items()}
+    def condition(self, rows: Tensor, device: torch.device, second_rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the slots of some texts, and of those that the second encoder reads (None: the same)."""
+        if self.second is None:
+            slots = {"tokens": self.tokens, "token_mask": self.token_mask, "pooled": self.pooled}
+            taken = {name: value[rows].to(device) for name, value in slots.items() if value is not None}
+            return {name: value.float() if value.is_floating_point() else value for name, value in taken.items()}
+        first = Texts(self.tokens, self.token_mask, self.pooled).condition(rows, device)
+        return first.join(self.second.condition(rows if second_rows is None else second_rows, device)).slots()
 
 
 def build_objective(config: DiffusionConfig, law: Law) -> Objective:
@@ -253,7 +276,7 @@ def diffusion_loss(
     """
     objective, null_row = build_objective(config, schedule), data.tokens.shape[0] - 1
     keys = (config.seed,)
-    rates = (config.caption_dropout, config.mask_dropout, config.label_dropout)
+    rates = (config.caption_dropout, config.mask_dropout, config.label_dropout, config.caption_dropout_2)
 
     def normal(purpose: str, micro: Micro, size: tuple[int, ...]) -> Tensor:
         return batch_normal(size, *keys, purpose, micro.step, positions=micro.positions)
@@ -262,12 +285,13 @@ def diffusion_loss(
         rows = torch.tensor(micro.indices)
         draws = batch_uniform(2, *keys, "caption", micro.step, positions=micro.positions)  # (B, 2)
         variant = (draws[:, 0] * data.caption_rows.shape[1]).long()
-        more = batch_uniform(3, *keys, "drop", micro.step, positions=micro.positions)
-        dropped = drop_masks(torch.cat([draws[:, 1:], more], dim=1), rates, config.all_dropout)  # (B, 3)
-        text_rows = torch.where(dropped[:, 0], null_row, data.caption_rows[rows, variant])
-        cond = data.condition(text_rows, device)
+        more = batch_uniform(4, *keys, "drop", micro.step, positions=micro.positions)
+        dropped = drop_masks(torch.cat([draws[:, 1:], more], dim=1), rates, config.all_dropout)  # (B, 4)
+        told = data.caption_rows[rows, variant]
+        first, second = (torch.where(dropped[:, n], null_row, told) for n in (0, 3))
+        cond = data.condition(first, device, second)
         if data.beside is not None:
-            cond |= data.beside.slots(rows, dropped[:, 1:], device)
+            cond |= data.beside.slots(rows, dropped[:, 1:3], device)
         if data.more is not None:
             cond |= {name: value.to(device) for name, value in data.more(micro).items()}
         mean, std = data.posterior(micro)

@@ -1,4 +1,4 @@
-"""scripts/train_diffusion.py with a map and a class beside the text: two steps, then a model that draws with all."""
+"""scripts/train_diffusion.py with two text encoders, a map and a class: two steps, then a model that draws with all."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def config(folder: Path, drawings: Path, **data: Any) -> Path:
     columns = {"mask_column": "mask", "label_column": "group", **data}
     values = {
         "output_dir": str(folder / "run"), "autoencoder": str(MODEL / "vae"), "text_encoder": str(MODEL),
+        "text_encoder_2": str(MODEL),
         "cache_dir": str(folder / "cache"), "unet": unet, "num_caption_variants": 1, "max_train_steps": 2,
         "train_batch_size": 2, "num_threads": 1, "report_to": "none", "validation_steps": 2,
         "validation_prompts": ["red apple", "a word it never saw"], "validation_num_inference_steps": 2,
@@ -88,6 +89,7 @@ def test_text_map_and_class_are_trained_together_and_drawn_with(run: Path) -> No
     assert (run / "grids" / "step-000002.png").is_file()
     pipe = LatentDiffusionPipeline.from_pretrained(run)
     pipe.set_progress_bar_config(disable=True)
+    assert len(pipe.text_encoders) == 2
     assert (pipe.spatial, pipe.labels) == (SpatialInput(1), LabelInput(("animals", "food")))
     assert pipe.unet.config.in_channels == pipe.autoencoder.latent_channels + 1
     mask = torch.zeros(1, 32, 32)

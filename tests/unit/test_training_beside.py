@@ -16,7 +16,7 @@ from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.beside import Beside, read_labels, read_masks
 from ldm_pipe.training.config import DataConfig
-from ldm_pipe.training.diffusion import DiffusionData, diffusion_loss
+from ldm_pipe.training.diffusion import DiffusionData, Texts, diffusion_loss
 from ldm_pipe.training.loop import Micro
 from tests.training import NUM_ITEMS, make_config, make_data
 
@@ -140,3 +140,35 @@ def test_latents_and_slots_of_a_slice_count_as_those_of_its_rows(tmp_path: Path)
     assert told[1]["labels"].tolist() == [0, 1, 2, 3]
     with pytest.raises(LdmPipeError, match="neither mean and std nor moments"):
         replace(data, mean=None).posterior(micro)
+
+
+def test_two_text_encoders_are_joined_and_dropped_each_by_itself(tmp_path: Path) -> None:
+    data = make_data()
+    second = Texts(torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(1)).half(), pooled=torch.ones(5, 2))
+    found: list[torch.Tensor] = []
+
+    def net(x_t: torch.Tensor, t: torch.Tensor, *, tokens: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        assert tokens.shape == (8, 3, 12)
+        assert tokens.dtype == pooled.dtype == torch.float32
+        gone = [(part == null).flatten(1).all(1) for part, null in zip(tokens.split((8, 4), 2), nulls, strict=True)]
+        found.append(torch.stack(gone))
+        return x_t
+
+    nulls = (data.tokens[-1], second.tokens[-1].float())
+    config = make_config(tmp_path, caption_dropout=0.2, caption_dropout_2=0.4)
+    two = replace(data, second=second)
+    loss = diffusion_loss(net, two, config.schedule.build(), config, global_batch=8, device=CPU)
+    for step in range(200):
+        loss(Micro(step, list(range(8)), range(8)))
+    first, other = torch.cat(found, dim=1).float()
+    assert first.mean().item() == pytest.approx(0.2, abs=0.05)
+    assert other.mean().item() == pytest.approx(0.4, abs=0.05)
+    assert (first * other).mean().item() == pytest.approx(0.08, abs=0.04)
+    rows = two.condition(torch.tensor([2, 3]), CPU)["tokens"]
+    assert torch.equal(rows, torch.cat([data.tokens[[2, 3]], second.tokens[[2, 3]].float()], dim=2)), "the same texts"
+
+
+def test_encoders_of_unequal_length_are_refused() -> None:
+    two = replace(make_data(), second=Texts(torch.zeros(5, 7, 4)))
+    with pytest.raises(LdmPipeError, match=r"tokens \[2, 3, 8\] and \[2, 7, 4\] cannot be joined"):
+        two.condition(torch.tensor([0, 1]), CPU)
