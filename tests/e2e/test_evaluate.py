@@ -10,8 +10,12 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ldm_pipe.interop.lora import networks_of, save_lora
+from ldm_pipe.interop.lora_layers import TrainableLora
+from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
 from tests.source import ROOT
 
@@ -204,3 +208,38 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(LdmPipeError, match="cannot write"):
         evaluate.main(["sheet", "--model", "nowhere", "--train_file", drawings, "--output", str(tmp_path / "file")])
+
+
+def test_style_is_scored_with_a_lora_and_words_behind_the_prompts(
+    evaluate: ModuleType,
+    drawings: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    table = pandas.read_parquet(drawings)
+    for style in ("noto", "twemoji"):
+        for split in ("train", "validation"):
+            path = tmp_path / "data" / style / f"{split}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.to_parquet(path)
+    monkeypatch.setattr(evaluate, "FLAT", str(tmp_path / "data" / "twemoji"))
+    pipe = LatentDiffusionPipeline.from_pretrained(MODEL)
+    lora = TrainableLora(networks_of(pipe), rank=2)
+    for name, parameter in lora.named_parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    save_lora(tmp_path / "lora.safetensors", lora.layers())
+    common = ["style", "--model", MODEL, "--train_file", drawings, "--classifier", str(tmp_path / "classifier")]
+    common += ["--num_prompts", "2", "--num_inference_steps", "2", "--guidance_scale", "2"]
+    evaluate.main([*common, "--output", str(tmp_path / "plain")])
+    evaluate.main([*common, "--output", str(tmp_path / "words"), "--prompt_suffix", ", flat"])
+    evaluate.main([*common, "--output", str(tmp_path / "lora"), "--lora", str(tmp_path / "lora.safetensors")])
+    reports = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("plain", "words", "lora")]
+    pictures = {(tmp_path / name / "pictures-2.png").read_bytes() for name in ("plain", "words", "lora")}
+    assert len(pictures) == 3
+    for report in reports:
+        assert 0 <= report["results"][0]["style"] <= 1
+        assert report["classifier"]["styles"] == ["noto", "twemoji"]
+    assert [len(report["lora"]) for report in reports] == [0, 0, 1]
+    assert "style classifier on unseen drawings" in capsys.readouterr().out
