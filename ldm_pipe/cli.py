@@ -169,6 +169,7 @@ def _add_draw(parser: argparse.ArgumentParser, kind: str) -> None:
     how.add_argument("--seed", type=int, help="picture i is drawn from seed + i")
     how.add_argument("--deterministic-batch", action="store_true", help="draw one by one: the same bits in any batch")
     _add_model(parser)
+    _add_stages(parser, kind)
     parser.set_defaults(run=_run_draw, kind=kind)
 
 
@@ -195,6 +196,22 @@ def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     how.add_argument("--prompt-syntax", help="plain (default) or weighted: (red:1.3), AND, [from:to:when], BREAK")
     how.add_argument("--clip-skip", type=int, help="layers of the text encoder to leave out at its end")
     return how
+
+
+def _add_stages(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Add what only some models read."""
+    group = parser.add_argument_group("of models that read more than a prompt")
+    group.add_argument("--spatial", metavar="FILE", help="a map of the picture's size, for models trained with maps")
+    group.add_argument("--depth-map", metavar="FILE", help="a grey picture, white is near, for depth models")
+    group.add_argument("--prompt-2", help="for the second text encoder, as SDXL has one")
+    group.add_argument("--negative-prompt-2", help="what not to draw, for the second text encoder")
+    for name, meaning in (("original", "what SDXL is told the picture had"), ("target", "and what it is to have")):
+        group.add_argument(f"--{name}-size", type=int, nargs=2, metavar=("H", "W"), help=meaning)
+    group.add_argument("--crops-coords-top-left", type=int, nargs=2, metavar=("TOP", "LEFT"), help="of the crop")
+    if kind == "inpaint":
+        return
+    group.add_argument("--refiner", metavar="MODEL", help="a second model that takes the last steps, as SDXL's refiner")
+    group.add_argument("--refiner-start", type=float, default=0.8, help="share of the way that it begins at (0.8)")
 
 
 def _add_interpolate(parser: argparse.ArgumentParser) -> None:

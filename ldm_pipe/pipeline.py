@@ -250,7 +250,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         mask_image: Any = None,
         spatial: Any = None,
         class_labels: str | int | list[str | int | None] | None = None,
-        depth_map: Tensor | None = None,
+        depth_map: Any = None,
         prompt_2: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
         pooled_prompt_embeds: Tensor | None = None,
@@ -292,7 +292,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
             callback_on_step_end: called as (pipe, i, t, tensors) after each step; returns the tensors.
             spatial: maps for a model that was trained with them, in [0, 1], of the picture's size; None: no map.
             class_labels: names or numbers for a model that was trained with classes beside the text; None: no class.
-            depth_map: for a depth model, (B, H, W) of any unit; the estimator that makes it is not part of ours.
+            depth_map: for a depth model, (B, H, W) of any unit, or a grey picture; its estimator is not part of ours.
             prompt_2, negative_prompt_2: for the second text encoder and later ones; None: the same as for the first.
             original_size, crops_coords_top_left, target_size, and negative_*: what SDXL is told of heights and widths;
                 None: the size drawn, (0, 0); see docs/models.md.

@@ -66,7 +66,7 @@ def load_masks(value: Any, size: tuple[int, int] | None = None) -> Tensor:
     return (_load("mask_image", value, 1, from_pil, size) >= 0.5).float()
 
 
-def load_maps(value: Any, channels: int) -> Tensor:
+def load_maps(value: Any, channels: int, name: str = "spatial") -> Tensor:
     """Read the user's maps: pictures in grey (1 channel) or colour (3), arrays (H, W, K), tensors (K, H, W).
 
     Returns: (B, channels, H, W) in [0, 1], float32.
@@ -77,12 +77,12 @@ def load_maps(value: Any, channels: int) -> Tensor:
 
     def from_pil(image: Image | str | Path) -> Tensor:
         if channels not in (1, 3):
-            raise LdmPipeError("spatial is a picture", how_to_fix=f"this model takes tensors ({channels}, H, W)")
+            raise LdmPipeError(f"{name} is a picture", how_to_fix=f"this model takes tensors ({channels}, H, W)")
         picture = open_image(image).convert("L" if channels == 1 else "RGB")
         array = np.array(picture, dtype=np.float32).reshape(picture.height, picture.width, channels)
         return torch.from_numpy(array / 255).permute(2, 0, 1)[None]  # (1, K, H, W)
 
-    return _load("spatial", value, channels, from_pil, None)
+    return _load(name, value, channels, from_pil, None)
 
 
 def _load(

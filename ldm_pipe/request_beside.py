@@ -7,6 +7,7 @@ picture, or one LdmPipeError before any work. This file runs no network.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,10 +149,12 @@ def _check_maps(
 
 
 def _read_depth(value: Any) -> Tensor:
-    """Read a depth map of any unit, (B, H, W) as in diffusers, to (B, 1, H, W)."""
+    """Read a depth map, a grey picture or (B, H, W) of any unit as in diffusers, to (B, 1, H, W)."""
     advice = "give a tensor (B, H, W) of any unit; depth is estimated by a model of your own, such as DPT"
     if value is None:
         raise LdmPipeError("depth_map is missing, and this model needs one", how_to_fix=advice)
+    if isinstance(value, (str, Path)) or hasattr(value, "getbands"):
+        return load_maps(value, 1, "depth_map")
     depth = value if isinstance(value, Tensor) else None
     if hasattr(value, "__array_interface__"):
         import numpy as np

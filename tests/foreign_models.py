@@ -116,3 +116,10 @@ def stable_diffusion(channels: int = 4) -> dict[str, Any]:
         "tokenizer": tokenizer(),
         "scheduler": scheduler(),
     }
+
+
+def grey_picture(size: tuple[int, int]) -> Any:
+    """Draw a grey picture, darker to the left."""
+    from PIL import Image
+
+    return Image.linear_gradient("L").rotate(90).resize(size)

@@ -20,14 +20,20 @@ from ldm_pipe.commands.paths import OutputError, OutputPlan, check_folder, check
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ldm_pipe.outputs import LatentDiffusionOutput
     from ldm_pipe.pipeline import LatentDiffusionPipeline
     from ldm_pipe.png_info import PngInfo
 
 MAX_PROMPTS_BYTES = 100_000_000
 PASSED_ON = (
     "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width", "sampler",
-    "spacing", "eta", "clip_skip", "strength", "prompt_syntax",
+    "spacing", "eta", "clip_skip", "strength", "prompt_syntax", "spatial", "depth_map", "prompt_2",
+    "negative_prompt_2", "original_size", "target_size", "crops_coords_top_left",
 )  # fmt: skip
+
+
+FURTHER = 1 << 62  # bit of a seed
+SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(state, f"ldm-pipe {args.kind}", f'Example: ldm-pipe {args.kind} "red apple"')
     if args.num_images_per_prompt < 1 or args.batch_size < 1:
         raise OutputError("-n and --batch-size must be at least 1", f"ldm-pipe {args.kind}")
-    for name in ("image", "mask_image"):
+    for name in ("image", "mask_image", "spatial", "depth_map"):
         check_picture(getattr(args, name, None))
     return _run_file(args, file) if file else _run_prompts(args)
 
@@ -103,6 +109,42 @@ def split_tail(text: str) -> tuple[str, str | None]:
     return (text, None) if not colon or Path(text).exists() or "/" in tail or "\\" in tail else (path, tail)
 
 
+def load_refiner(args: argparse.Namespace) -> LatentDiffusionPipeline | None:
+    """Load the model that takes the last steps, if one is named."""
+    name = getattr(args, "refiner", None)
+    if name is None:
+        return None
+    return load_pipeline(argparse.Namespace(**{**vars(args), "model": name, "lora": [], "textual_inversion": []}))
+
+
+def draw(
+    pipe: LatentDiffusionPipeline,
+    refiner: LatentDiffusionPipeline | None,
+    args: argparse.Namespace,
+    call: dict[str, Any],
+) -> LatentDiffusionOutput:
+    """Draw with one model, or down to a share of the way with it and from there with another."""
+    if refiner is None:
+        return pipe(**call)  # type: ignore[return-value]
+    first: Any = pipe(**{**call, "denoising_end": args.refiner_start, "output_type": "latent"})
+    left = (
+        "image",
+        "mask_image",
+        "strength",
+        "spatial",
+        "depth_map",
+        "target_size",
+        "height",
+        "width",
+        *SECOND_PROMPTS,
+    )
+    rest = {name: value for name, value in call.items() if name not in left}
+    rest["seed"] = [seed ^ FURTHER for seed in first.seeds]  # other noise than the first model began with
+    last: Any = refiner(**rest, latents=first.images, denoising_start=args.refiner_start)
+    infos = [replace(info, settings={**info.settings, "Refiner": refiner.name or args.refiner}) for info in first.infos]
+    return replace(last, infos=infos, seeds=first.seeds)
+
+
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Collect the options that are arguments of the pipeline; what was not given is left to the model."""
     given = {name: getattr(args, name, None) for name in PASSED_ON}
@@ -149,7 +191,7 @@ def _run_prompts(args: argparse.Namespace) -> int:
     count = len(args.prompt) * args.num_images_per_prompt
     plan = OutputPlan.make(args.output, count=1 if args.grid else count, overwrite=args.overwrite)
     arguments = call_arguments(args)
-    pipe = load_pipeline(args)
+    pipe, refiner = load_pipeline(args), load_refiner(args)
     height, width = arguments.get("height") or pipe.default_size[0], arguments.get("width") or pipe.default_size[1]
     check_space(plan.folder, height * width * 3 * count + 4096)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images_per_prompt)]
@@ -158,7 +200,7 @@ def _run_prompts(args: argparse.Namespace) -> int:
     infos: list[PngInfo] = []
     for start in range(0, count, args.batch_size):
         part = slice(start, start + args.batch_size)
-        drawn = pipe(prompts[part], seed=seeds[part], **arguments)
+        drawn = draw(pipe, refiner, args, {**arguments, "prompt": prompts[part], "seed": seeds[part]})
         images += drawn.images
         infos += drawn.infos
         if not args.grid:
@@ -261,8 +303,9 @@ def _run_file(args: argparse.Namespace, file: str) -> int:
     if not todo:
         return 0
     arguments = call_arguments(args)
-    pipe = load_pipeline(args)
-    pipe.set_progress_bar_config(disable=True)
+    pipe, refiner = load_pipeline(args), load_refiner(args)
+    for one in (pipe, *([refiner] if refiner else ())):
+        one.set_progress_bar_config(disable=True)
     from tqdm import tqdm
 
     for job in tqdm(todo, unit="prompt", disable=args.quiet or None):
@@ -272,7 +315,8 @@ def _run_file(args: argparse.Namespace, file: str) -> int:
             if not args.overwrite and all(path.exists() for path in paths):
                 continue
             seeds = [job.seed + start + j for j in range(len(paths))]
-            drawn = pipe(job.prompt, num_images_per_prompt=len(paths), seed=seeds, **own)
+            own |= {"prompt": job.prompt, "num_images_per_prompt": len(paths), "seed": seeds}
+            drawn = draw(pipe, refiner, args, own)
             for j, path in enumerate(paths):
                 if args.overwrite or not path.exists():
                     _write(path, drawn.images[j], drawn.infos[j])

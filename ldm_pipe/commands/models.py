@@ -53,7 +53,8 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
     """Write the command that draws a picture again; None where the seed or a starting picture is unknown."""
     from ldm_pipe.png_info import sampler_from_label
 
-    if "Seed" not in settings or "Denoising strength" in settings or settings.get("Spacing") == "custom":
+    more = ("Denoising strength", "Map", "Handed over at", "Handed on at", "Negative sizes", "Refiner")
+    if "Seed" not in settings or settings.get("Spacing") == "custom" or any(name in settings for name in more):
         return None
     width, _, height = settings.get("Size", "").partition("x")
     rule = (settings.get("Thresholding", "").split() + [None] * 5)[:5]
@@ -75,11 +76,16 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
         "--thresholding-cap": rule[4],
         "--clip-skip": settings.get("Clip skip"),
         "--prompt-syntax": settings.get("Prompt syntax"),
+        "--prompt-2": settings.get("Second prompt"),
+        "--negative-prompt-2": settings.get("Second negative prompt"),
         "-n": settings.get("Pictures"),
     }
     words = ["ldm-pipe", "generate", prompt]
     for name, value in options.items():
         words += [name, value] if value else []
+    sizes = settings.get("Sizes", "").split()
+    if len(sizes) == 6:
+        words += ["--original-size", *sizes[:2], "--crops-coords-top-left", *sizes[2:4], "--target-size", *sizes[4:]]
     for option in ("Lora", "Textual inversion"):
         for value in filter(None, settings.get(option, "").split("; ")):
             words += [f"--{option.lower().replace(' ', '-')}", value]
@@ -91,11 +97,13 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
 def model_facts(name: str | None) -> dict[str, Any]:
     """Describe a model from its configs and the headers of its weight files; no weights are read."""
     from ldm_pipe.interop.folder import check_index, find_folder, read_own
+    from ldm_pipe.interop.index import encoder_folders, part_names
     from ldm_pipe.pretrained import read_json
 
     root = find_folder(name, local_files_only=name is None)
     index, own = check_index(root), read_own(root)
-    unet, vae = read_json(root / "unet" / "config.json"), read_json(root / "vae" / "config.json")
+    places = {part: part_names(index).get(part, part) for part in ("unet", "vae", *encoder_folders(index))}
+    unet, vae = (read_json(root / places[part] / "config.json") for part in ("unet", "vae"))
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
     factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
     side = unet.get("sample_size")
@@ -103,7 +111,7 @@ def model_facts(name: str | None) -> dict[str, Any]:
         "model": own.get("name", root.name),
         "folder": str(root),
         "kind": index["_class_name"],
-        "parameters": {part: _count(root / part) for part in ("unet", "vae", "text_encoder")},
+        "parameters": {part: _count(root / place) for part, place in places.items()},
         "factor": factor,
         "latent channels": vae.get("latent_channels"),
         "size": side * factor if isinstance(side, int) else side,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -187,6 +188,11 @@ def test_depth(tmp_path: Path, strength: float) -> None:
     mine = ours(**call, generator=generator()).images
     assert difference(mine, wanted) <= 1e-4
     assert difference(ours(**{**call, "depth_map": -depth}, generator=generator()).images, mine) > 1e-3
+    grey = make.grey_picture((24, 24))
+    from_picture = ours(**{**call, "depth_map": grey}, generator=generator()).images
+    levels = torch.from_numpy(np.asarray(grey, dtype=np.float32))[None]
+    from_levels = ours(**{**call, "depth_map": levels}, generator=generator()).images
+    assert difference(from_picture, from_levels) <= 1e-5
     with pytest.raises(LdmPipeError, match="depth_map is missing"):
         ours("red apple", seed=0)
     with pytest.warns(UserWarning, match="depth estimator"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from conditioning import CLIPTextEncoder, Reading
 from conditioning.spatial import SpatialInput
 from conditioning.text import SDXL, SDXL_2
 from ldm_pipe import LatentDiffusionPipeline, UNet
+from ldm_pipe.commands.draw import draw as draw_by_command
 from ldm_pipe.interop.export import check_representable
-from ldm_pipe.pretrained import LdmPipeError, read_json
-from tests.single_files import random_weights
+from ldm_pipe.interop.single_file import export_single_file
+from ldm_pipe.pretrained import LdmPipeError, load_tensors, read_json
+from tests.single_files import make_folder, random_weights
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
 CALL: dict[str, Any] = {"prompt": "red apple", "seed": 0, "output_type": "pt", "num_inference_steps": 3}
@@ -223,3 +228,56 @@ def test_a_hand_over_stops_where_the_next_begins(tiny: LatentDiffusionPipeline, 
     assert min(t for t in seen if t >= 400) and max(t for t in seen if t < 400)
     if sampler in ("ddim", "euler", "heun"):
         assert torch.allclose(rest, pipe(**call).images, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("IFPipeline", "PixelDiffusionPipeline"), ("StableDiffusionUpscalePipeline", "UpscalePipeline")],
+)
+def test_a_folder_of_another_family_names_the_class_that_draws_it(tmp_path: Path, theirs: str, ours: str) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": theirs}), encoding="utf-8")
+    with pytest.raises(LdmPipeError, match=rf"ldm_pipe\.pipelines\.{ours}"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_with_the_wrong_encoders_is_refused(tiny: LatentDiffusionPipeline, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "m"))
+    index = read_json(folder / "model_index.json")
+    for change in (
+        {"_class_name": "StableDiffusionXLPipeline"},
+        {"text_encoder_2": ["transformers", "CLIPTextModel"], "tokenizer_2": ["transformers", "CLIPTokenizer"]},
+        {"text_encoder_9": ["transformers", "CLIPTextModel"]},
+        {"text_encoder": [None, None]},
+        {"requires_aesthetics_score": True},
+    ):
+        (folder / "model_index.json").write_text(json.dumps({**index, **change}), encoding="utf-8")
+        with pytest.raises(LdmPipeError):
+            LatentDiffusionPipeline.from_pretrained(folder)
+
+
+def test_the_command_hands_over_to_a_refiner(tiny: LatentDiffusionPipeline) -> None:
+    pipe = quiet(LatentDiffusionPipeline.from_parts(tiny.parts()))
+    call = {**CALL, "prompt": ["red apple", "a worm"], "seed": [3, 4], "num_inference_steps": 10}
+    args = Namespace(refiner="other", refiner_start=0.6)
+    drawn = draw_by_command(pipe, pipe, args, dict(call))
+    assert torch.allclose(drawn.images, pipe(**call).images, atol=1e-4)
+    assert drawn.seeds == [3, 4]
+    assert drawn.infos[0].settings["Refiner"] == "tiny"
+    assert drawn.infos[0].settings["Seed"] == "3"
+
+
+@pytest.mark.parametrize(("family", "channels"), [("sd2", 9), ("sdxl", 4), ("sdxl", 9), ("sdxl-refiner", 4)])
+def test_the_families_of_single_files_draw_and_go_back(tmp_path: Path, family: str, channels: int) -> None:
+    """Folder -> pipeline -> folder -> single file holds the bits of folder -> single file."""
+    pipe = quiet(LatentDiffusionPipeline.from_pretrained(make_folder(tmp_path / "a", family, channels=channels)))
+    call: dict[str, Any] = {"height": 16, "width": 16, "guidance_scale": 2.0, "prompt": "a bad cab"}
+    if channels == 9:
+        call |= {"image": torch.rand(1, 3, 16, 16), "mask_image": torch.ones(16, 16)}
+    assert draw(pipe, **call).isfinite().all()
+    again = reloaded(pipe, tmp_path / "b")
+    assert torch.allclose(draw(again, **call), draw(pipe, **call), atol=1e-5)
+    for name in "ab":
+        export_single_file(tmp_path / name, tmp_path / f"{name}.safetensors")
+    first, second = (load_tensors(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
