@@ -149,38 +149,52 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         save_file(whole, temporary, {"format": "pt", **(metadata or {})})
 
 
-def _read_tensor(stream: BinaryIO, start: int, entry: Mapping[str, Any]) -> Tensor:
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
-        raise ValueError(f"a tensor of type {entry['dtype']}")
-    tensor = torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
-    stream.seek(start + entry["data_offsets"][0])
+def _read_tensor(stream: BinaryIO, start: int, entry: Mapping[str, Any], buffer: Tensor, **target: Any) -> Tensor:
+    """Read one tensor: straight into its place, or by way of the buffer, where dtype, layout or device are others.
+
+    One buffer for all: fresh memory for each would cost more than the reading itself.
+    """
+    dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+    wanted = target["dtype"] if dtype.is_floating_point and target["dtype"] is not None else dtype
+    layout = target["memory_format"] if len(shape) == 4 else torch.contiguous_format
+    moves = (wanted, torch.device(target["device"]).type) != (dtype, "cpu") or layout != torch.contiguous_format
+    first, last = entry["data_offsets"]
+    tensor = buffer[: last - first].view(dtype).view(shape) if moves else torch.empty(shape, dtype=dtype)
+    stream.seek(start + first)
     if stream.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
         raise ValueError("the file ends too early")
-    return tensor
+    return tensor.to(target["device"], wanted, copy=True, memory_format=layout) if moves else tensor
 
 
 def load_tensors(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, Tensor]:
     """Read a safetensors file tensor by tensor, as pages of a mapped file stay beside what is made of them.
 
     Args:
         dtype: of floating-point tensors in memory; None is the file's.
+        memory_format: of tensors with four axes.
     Raises: LdmPipeError naming the file if it is missing, truncated or of another format.
     """
     path = Path(path)
     if not path.is_file():
         raise LdmPipeError("the file does not exist", str(path))
+    target = {"device": device, "dtype": dtype, "memory_format": memory_format}
     try:
         with safe_open(str(path), framework="pt"), path.open("rb") as stream:  # the former checks the header
             start = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(start - 8))
             header.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in header.items():
-                tensor = _read_tensor(stream, start, entry)
-                tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-            return tensors
+            unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
+            if unknown:
+                raise ValueError(f"tensors of the types {unknown}")
+            largest = max((entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()), default=0)
+            buffer = torch.empty(largest, dtype=torch.uint8)
+            return {name: _read_tensor(stream, start, entry, buffer, **target) for name, entry in header.items()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch or export it anew.") from None
 
@@ -225,16 +239,14 @@ def load_folder_tensors(
     folder: Path,
     weights_name: str,
     variant: str | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    **target: Any,
 ) -> dict[str, Tensor]:
     """Read the weights of one component: one safetensors file, or shards with their index.
 
     A part that has no files of the variant, in a model of which another part has, is read without it, with a warning.
 
     Args:
-        dtype: of floating-point tensors in memory; None is the file's.
+        target: device, dtype and memory_format, as for `load_tensors`.
     Raises: LdmPipeError if there is no such file, or more than one candidate; pickles are named but not read.
     """
     check_links(folder)
@@ -249,8 +261,8 @@ def load_folder_tensors(
     if not found:
         raise _no_weights(folder, weights_name, variant)
     if found[0].suffix == ".safetensors":
-        return load_tensors(found[0], device=device, dtype=dtype)
-    return _load_shards(found[0], device=device, dtype=dtype)
+        return load_tensors(found[0], **target)
+    return _load_shards(found[0], **target)
 
 
 def _candidates(folder: Path, weights_name: str, variant: str | None) -> list[Path]:
@@ -288,7 +300,7 @@ def _no_weights(folder: Path, weights_name: str, variant: str | None) -> LdmPipe
     return LdmPipeError(f"no {weights_name}{dot}.safetensors there, only {present}", str(folder), fix)
 
 
-def _load_shards(index: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _load_shards(index: Path, **target: Any) -> dict[str, Tensor]:
     """Read shards; each must hold exactly what the index says.
 
     Raises: LdmPipeError naming the first ten tensors that are missing or too many.
@@ -299,7 +311,7 @@ def _load_shards(index: Path, *, device: str | torch.device, dtype: torch.dtype 
         raise LdmPipeError("its weight_map does not say which file holds which tensor", str(index), "Fetch it anew.")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        shard = load_tensors(safe_child(index.parent, name, str(index)), device=device, dtype=dtype)
+        shard = load_tensors(safe_child(index.parent, name, str(index)), **target)
         wrong = sorted(shard.keys() ^ {key for key, file in places.items() if file == name})
         if wrong:
             what = f"{name} and its index differ in {len(wrong)} tensors: {', '.join(wrong[:10])}"

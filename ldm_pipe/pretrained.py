@@ -209,6 +209,7 @@ class PretrainedModule(nn.Module):
         variant: str | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> ModuleT:
         """Load a component folder strictly, in evaluation mode.
 
@@ -217,6 +218,7 @@ class PretrainedModule(nn.Module):
             subfolder: component folder inside it, such as "unet".
             dtype: of the weights in memory; None is float32.
             variant: "fp16" reads `<weights_name>.fp16.safetensors`.
+            memory_format: of weights with four axes.
         Raises: LdmPipeError naming what is missing, unexpected, misshapen or not finite.
         """
         patterns = [f"{subfolder}/*"] if subfolder else None
@@ -231,7 +233,8 @@ class PretrainedModule(nn.Module):
             raise LdmPipeError(what, str(root), "Give the folder of the right component.")
         module = _on_meta(cls, config, str(root))
         dtype = dtype or torch.float32
-        tensors = load_folder_tensors(root, cls.weights_name, variant, device=device, dtype=dtype)
+        target = {"device": device, "dtype": dtype, "memory_format": memory_format}
+        tensors = load_folder_tensors(root, cls.weights_name, variant, **target)
         tensors = cls.rename_keys(without_wrapper(tensors, str(root)))
         check_tensors(module, tensors, str(root))
         module.load_state_dict(tensors, assign=True, strict=True)

@@ -155,8 +155,8 @@ def load_parts(
         defaults = replace(defaults, guidance_scale=XL_GUIDANCE)
     common: dict[str, Any] = {"dtype": dtype, "variant": variant, "device": device}
     with _config_errors(root / "unet"):
-        unet = UNet.from_pretrained(root / "unet", **common)
-        unet.to(memory_format=torch.channels_last)  # convolutions over such weights are faster, but for training
+        # convolutions over such weights are faster, but for training
+        unet = UNet.from_pretrained(root / "unet", memory_format=torch.channels_last, **common)
     with _config_errors(vae):
         autoencoder = load_autoencoder(vae, **common)
     encoders = tuple(_load_encoder(root, index, name, common) for name in encoder_folders(index))

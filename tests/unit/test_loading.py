@@ -358,9 +358,9 @@ def test_the_device_is_where_the_weights_are_read_to(monkeypatch: pytest.MonkeyP
     """There is no copy on the CPU to move: every file is read with the device that was asked for."""
     seen: list[torch.device] = []
 
-    def listen(path: Path, *, device: Any, dtype: Any) -> dict[str, Tensor]:
+    def listen(path: Path, *, device: Any, **target: Any) -> dict[str, Tensor]:
         seen.append(torch.device(device))
-        return load_tensors(path, dtype=dtype)
+        return load_tensors(path, **target)
 
     monkeypatch.setattr("ldm_pipe.files.load_tensors", listen)
     LatentDiffusionPipeline.from_pretrained(TINY, device="cuda:1")
