@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.framing import CENTER, frame_picture
 from ldm_pipe.data.images import to_tensor
-from ldm_pipe.data.shards import MANIFEST, Shards, settings_key, write_shards
+from ldm_pipe.data.shards import MANIFEST, Shards, only_one, settings_key, write_shards
 from ldm_pipe.pretrained import LdmPipeError
 
 Progress = Callable[[int, int], None]
@@ -94,7 +94,7 @@ class LatentCache:
         max_memory_bytes: int = 4 << 30,
         progress: Progress | None = None,
     ) -> LatentCache:
-        """Load the cache of these settings, or compute it.
+        """Load the cache of these settings, or compute it; of several processes one computes, the others wait.
 
         Args:
             root: folder of all caches; this one gets a folder named by the hash of its settings.
@@ -127,9 +127,10 @@ class LatentCache:
             "dtype": str(dtype),
         }
         folder = Path(root) / settings_key(settings)
-        if not (folder / MANIFEST).is_file():
-            batches = _encode_pictures(records, encode_moments, settings, batch_size, device, dtype, progress)
-            write_shards(root, settings, batches)
+        with only_one(root, folder.name):
+            if not (folder / MANIFEST).is_file():
+                batches = _encode_pictures(records, encode_moments, settings, batch_size, device, dtype, progress)
+                write_shards(root, settings, batches)
         return cls(Shards(folder, max_memory_bytes=max_memory_bytes))
 
     def __len__(self) -> int:
@@ -287,8 +288,9 @@ class TextCache:
             "dtype": str(dtype),
         }
         folder = Path(root) / settings_key(settings)
-        if not (folder / MANIFEST).is_file():
-            write_shards(root, settings, _encode_texts(distinct, encode, batch_size, dtype, progress))
+        with only_one(root, folder.name):
+            if not (folder / MANIFEST).is_file():
+                write_shards(root, settings, _encode_texts(distinct, encode, batch_size, dtype, progress))
         return cls(Shards(folder, max_memory_bytes=max_memory_bytes), distinct)
 
     def __len__(self) -> int:

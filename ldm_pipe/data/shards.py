@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,31 @@ def write_shards(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+@contextmanager
+def only_one(root: str | Path, key: str) -> Iterator[None]:
+    """Let one process at a time do some work; the others wait, and should then look whether it is done.
+
+    The lock is the kernel's: it ends with the process that holds it. Where there is none (Windows), nobody waits.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = Path(root) / f".lock-{key[:16]}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (closed below, which ends the lock)
+    except OSError as error:
+        raise LdmPipeError(f"the cache cannot be written ({error.strerror or error})", str(root)) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def _num_rows(batches: Iterable[Mapping[str, Tensor]]) -> int:

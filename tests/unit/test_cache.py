@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +138,25 @@ def test_latents_are_computed_once(tmp_path: Path, records: Records) -> None:
     again = build(tmp_path / "cache", records, encoder)
     assert encoder.num_seen == NUM
     assert torch.equal(first.mean, again.mean)
+
+
+def test_of_several_processes_one_computes_and_the_others_wait(tmp_path: Path, records: Records) -> None:
+    """Two launched processes would otherwise encode everything twice; here they are threads, the lock is the same."""
+    encoder, forward = Encoder(), Encoder.forward
+
+    def slow(images: Tensor) -> Moments:
+        time.sleep(0.05)
+        return forward(encoder, images)
+
+    def one(_: int) -> Tensor:
+        settings = {"autoencoder_hash": "x", "resolution": 4, "batch_size": 4}
+        return LatentCache.build(tmp_path / "cache", records, slow, **settings).mean
+
+    with ThreadPoolExecutor(3) as pool:
+        means = list(pool.map(one, range(3)))
+    assert encoder.num_seen == NUM
+    assert all(torch.equal(mean, means[0]) for mean in means)
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "the lock is taken away"
 
 
 def test_whatever_changes_the_latents_changes_the_folder(tmp_path: Path, records: Records) -> None:
