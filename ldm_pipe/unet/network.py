@@ -329,7 +329,7 @@ class UNet(PretrainedModule):
         Returns: shape (B, out_channels, h, w).
         Raises: LdmPipeError if a slot that this network reads is missing or of the wrong width.
         """
-        x = x_t if spatial is None else torch.cat([x_t, spatial], dim=1)
+        x = x_t if spatial is None else torch.cat([x_t, spatial.to(x_t.dtype)], dim=1)
         if x.shape[1] != self.spec.in_channels:
             parts = f"{x_t.shape[1]} channels of x_t and {0 if spatial is None else spatial.shape[1]} of spatial"
             what = f"{parts}, expected {self.spec.in_channels} together (in_channels)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -132,6 +133,16 @@ def test_channels_must_be_those_of_the_map(tiny: LatentDiffusionPipeline) -> Non
         LatentDiffusionPipeline(*with_unet(tiny, in_channels=6), spatial=SpatialInput(3))
     with pytest.raises(LdmPipeError, match="6 channels"):
         LatentDiffusionPipeline(*with_unet(tiny, in_channels=6))
+
+
+@pytest.mark.parametrize("channels", [6, 9])
+def test_maps_and_known_pictures_in_bfloat16(tiny: LatentDiffusionPipeline, channels: int) -> None:
+    """A float32 map beside bfloat16 latents made both float32, and the first convolution refused."""
+    spatial = SpatialInput(2) if channels == 6 else None
+    parts = LatentDiffusionPipeline(*with_unet(tiny, in_channels=channels), spatial=spatial).parts()
+    pipe = quiet(LatentDiffusionPipeline.from_parts(copy.deepcopy(parts)).to(torch.bfloat16))
+    painted = {"image": torch.rand(1, 3, 32, 32), "mask_image": torch.ones(32, 32)}
+    assert draw(pipe, **({"spatial": half()} if spatial else painted)).isfinite().all()
 
 
 # Several text encoders, numbers
