@@ -130,6 +130,21 @@ def test_latent_diffusion_without_words(name: str, tmp_path: Path) -> None:
     close(got, wanted.permute(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize("way", ["set", "call"])
+def test_a_scheduler_object_does_what_its_config_says(way: str, tmp_path: Path) -> None:
+    """As in diffusers, one is swapped for another by its config; clip_sample is then its own business."""
+    theirs = quiet(diffusers.DDIMPipeline(unet(UNET), diffusers.DDIMScheduler()))
+    ours = load(folder(diffusers.DDPMPipeline(theirs.unet, diffusers.DDPMScheduler()), tmp_path))
+    call: dict[str, Any] = {"batch_size": 2, "num_inference_steps": 10, "output_type": "pt"}
+    wanted = theirs(**call, generator=seeded()).images
+    other = diffusers.DDIMScheduler.from_config(ours.scheduler.config)
+    if way == "set":
+        ours.scheduler = other
+    else:
+        call["sampler"] = other
+    close(ours(**call, generator=seeded()).images, wanted)
+
+
 def by_hand(net: Any, scheduler: Any, labels: Tensor, null: int | None, scale: float) -> Tensor:
     """Draw by class, which no pipeline of diffusers does with this network: their network, their scheduler."""
     generator = seeded()
