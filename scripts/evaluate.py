@@ -62,29 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--resolution", type=int, help="side of the pictures; default: the model's")
     rebuild.add_argument("--num_images", type=int, help="only the first so many of each set (a quick look)")
     rebuild.set_defaults(run=run_autoencoder)
-    retrieve = kinds.add_parser("retrieval", help="how often the nearest drawing is of the right concept")
-    style = kinds.add_parser("style", help="retrieval among the flat drawings, and how flat the pictures look")
-    style.add_argument("--classifier", default="runs/emoji/style", help="folder; fitted there if it is not there yet")
-    sheet = kinds.add_parser("sheet", help="one labelled sheet of uncurated pictures")
-    retrieve.set_defaults(run=run_retrieval, classifier=None)
-    style.set_defaults(run=run_retrieval)
-    sheet.set_defaults(run=run_sheet)
-    for one in (retrieve, style):
-        one.add_argument("--num_prompts", type=int, default=200, help="captions, chosen by hash (default 200)")
-        one.add_argument("--answer_column", default="concept", help="what the nearest drawing must share (concept)")
-    for one in (retrieve, style, sheet):
-        one.add_argument("--lora", nargs="+", default=[], help="LoRA files or folders to draw with")
-        one.add_argument("--prompt_suffix", default="", help="words put behind every prompt, such as ', <flat>'")
-        one.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
-        one.add_argument("--prompt_column", default="caption", help="for a model of labels: their column")
-        one.add_argument("--num_inference_steps", type=int, help="default: the model's")
-        one.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m; default: the model's")
-        how = (
-            {"nargs": "+", "help": "one, or several to compare"}
-            if one is not sheet
-            else {"help": "default: the model's"}
-        )
-        one.add_argument("--guidance_scale", type=float, **how)  # pyright: ignore[reportArgumentType]
+    retrieve, style, sheet = add_drawing_kinds(kinds)
     bits = kinds.add_parser("bits", help="bound on the bits per dimension of the validation drawings' latents")
     bits.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
     bits.add_argument("--validation_file", default=f"{NOTO}/validation.parquet", help="drawings never trained on")
@@ -113,6 +91,34 @@ def build_parser() -> argparse.ArgumentParser:
         one.add_argument("--device", help="default: a GPU if there is one")
         one.add_argument("--output", required=True, type=Path, help="folder for results.json and the pictures")
     return parser
+
+
+def add_drawing_kinds(kinds: Any) -> list[argparse.ArgumentParser]:
+    """Describe the evaluations that draw what captions ask for."""
+    retrieve = kinds.add_parser("retrieval", help="how often the nearest drawing is of the right concept")
+    style = kinds.add_parser("style", help="retrieval among the flat drawings, and how flat the pictures look")
+    style.add_argument("--classifier", default="runs/emoji/style", help="folder; fitted there if it is not there yet")
+    sheet = kinds.add_parser("sheet", help="one labelled sheet of uncurated pictures")
+    retrieve.set_defaults(run=run_retrieval, classifier=None)
+    style.set_defaults(run=run_retrieval)
+    sheet.set_defaults(run=run_sheet)
+    for one in (retrieve, style):
+        one.add_argument("--num_prompts", type=int, default=200, help="captions, chosen by hash (default 200)")
+        one.add_argument("--answer_column", default="concept", help="what the nearest drawing must share (concept)")
+    for one in (retrieve, style, sheet):
+        one.add_argument("--lora", nargs="+", default=[], help="LoRA files or folders to draw with")
+        one.add_argument("--prompt_suffix", default="", help="words put behind every prompt, such as ', <flat>'")
+        one.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
+        one.add_argument("--prompt_column", default="caption", help="for a model of labels: their column")
+        one.add_argument("--num_inference_steps", type=int, help="default: the model's")
+        one.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m; default: the model's")
+        how = (
+            {"nargs": "+", "help": "one, or several to compare"}
+            if one is not sheet
+            else {"help": "default: the model's"}
+        )
+        one.add_argument("--guidance_scale", type=float, **how)  # pyright: ignore[reportArgumentType]
+    return [retrieve, style, sheet]
 
 
 def load_plain(path: str) -> Records:
