@@ -6,6 +6,7 @@ once, and `loss(micro)` for the trainer. This file knows no optimiser and does n
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,12 @@ class Pictures:
         if config.trains_tokens:
             ids, mask = stacked_ids(encoders, texts)
             return {"tokens": ids, "token_mask": mask}
-        return {name: value.float() for name, value in encode(self.pipe, texts).slots().items()}
+        found = {name: value.float() for name, value in encode(self.pipe, texts).slots().items()}
+        if self.pipe.zero_empty_prompt:
+            empty = [i for i, text in enumerate(texts) if not text]
+            found = {name: value.index_fill(0, torch.tensor(empty, dtype=torch.int64, device=value.device), 0.0)
+                     for name, value in found.items()}  # fmt: skip
+        return found
 
     def _batch(self, micro: Micro) -> LatentBatch | ImageBatch:
         """Frame a slice once, for all who ask."""
@@ -178,9 +184,10 @@ def cache_texts(
             config.cache_dir, texts, lambda part: encode(pipe, part), encoder_hash=" ".join(encoders), batch_size=64,
             dtype=torch.float16, progress=lambda done, _: bar.update(done - bar.n) and None,
         )  # fmt: skip
-    return {
-        "tokens": found.tokens, "caption_rows": table, "token_mask": found.token_mask, "pooled": found.pooled
-    }  # fmt: skip
+    slots = {"tokens": found.tokens, "pooled": found.pooled}
+    if pipe.zero_empty_prompt:  # SDXL's guidance leaves from zeros, so a dropped caption is zeros too
+        slots = {name: x if x is None else torch.cat([x[:-1], torch.zeros_like(x[-1:])]) for name, x in slots.items()}
+    return {**slots, "caption_rows": table, "token_mask": found.token_mask}
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,13 @@ def make_inputs(
     order = plans[0].order(config.seed, drawing_weights(records, config.data))
     prior = found[1] if len(found) > 1 else None
     num_prior = 0 if class_records is None else len(class_records)
-    return Inputs(found[0], len(records), order, records.fingerprint, prior, num_prior)
+    return Inputs(found[0], len(records), order, f"{records.fingerprint} {encoders_hash(pipe)}", prior, num_prior)
+
+
+def encoders_hash(pipe: LatentDiffusionPipeline) -> str:
+    """Hash the networks that turn pictures and captions into what the U-Net sees."""
+    hashes = [module_hash(module) for module in (pipe.autoencoder, *pipe.text_encoders)]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def stream_inputs(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> Inputs:
@@ -241,7 +254,7 @@ def stream_inputs(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> Inpu
     nothing = cache_texts(pipe, config, [[""]])
     nothing["caption_rows"] = nothing["caption_rows"].expand(1 << 40, 1)  # the captions come with the pictures
     found = DiffusionData(None, None, moments=pictures.moments, more=pictures.beside, **nothing)
-    return Inputs(found, 0, StreamOrder, f"stream of {config.data.train_data_dir}")
+    return Inputs(found, 0, StreamOrder, f"{config.data.train_data_dir} {encoders_hash(pipe)}")
 
 
 def finetune_loss(

@@ -6,12 +6,14 @@ in finetune_*.py.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 from ldm_pipe.data.images import make_grid
 from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.dreambooth import class_pictures
 from ldm_pipe.training.environment import git_commit, process_device
 from ldm_pipe.training.finetune import FinetuneConfig, check_config
@@ -32,6 +34,9 @@ def load_model(config: FinetuneConfig) -> LatentDiffusionPipeline:
     pipe = LatentDiffusionPipeline.from_pretrained(
         config.pretrained_model_name_or_path, variant=config.variant, revision=config.revision
     )
+    if pipe.spatial is not None or pipe.labels is not None:
+        what = "the model reads maps or classes beside the text"
+        raise LdmPipeError(what, "fine-tuning", "Train it on with scripts/train_diffusion.py.")
     pipe = convert(pipe, config).to(process_device())
     pipe.set_progress_bar_config(disable=True)
     if config.enable_xformers_memory_efficient_attention:
@@ -60,6 +65,9 @@ def make_trainer(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> tuple
     others = class_pictures(pipe, config) if config.with_prior_preservation else None
     folder = Path(config.output_dir)
     trained = build_trained(pipe, config)
+    before = folder / "grids" / "step-000000.png"
+    if config.validation_prompts and os.environ.get("RANK", "0") == "0" and not before.is_file():
+        draw_sheet(pipe, config, before)
     inputs = stream_inputs(pipe, config) if records is None else make_inputs(pipe, config, records, others)
     facts = {
         "data": f"{inputs.num_rows or 'a stream of'} pictures of {config.data.train_data_dir}",

@@ -94,7 +94,8 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults:
         what = "the config differs from the checkpoint's: " + "; ".join(changes)
         raise LdmPipeError(what, where, "Use the saved config, or --allow_config_change if you are sure.")
     if saved["fingerprint"] != now["fingerprint"]:
-        raise LdmPipeError("the data set changed since the checkpoint was written", where, "Restore the data.")
+        what = "the data set changed since the checkpoint was written, or what encodes it did"
+        raise LdmPipeError(what, where, "Restore the data and the model that the run started from.")
     if saved["global_batch"] != now["global_batch"]:
         what = f"the global batch is {now['global_batch']}, the checkpoint's was {saved['global_batch']}"
         fix = "Choose batch size x accumulation x processes to give the same product."

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
 
+from conditioning import SpatialInput
 from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.interop.textual_inversion import read_vectors
 from ldm_pipe.pretrained import LdmPipeError, load_tensors
+from ldm_pipe.training.finetune_convert import widened
 from ldm_pipe.training.finetune_nets import LORA_FILE, WORD_FILE
 from ldm_pipe.training.finetune_run import draw_sheet
 from ldm_pipe.training.loop import Micro
@@ -156,10 +158,12 @@ def test_validation_draws_what_the_result_draws(tmp_path: Path) -> None:
     trainer.fit()
     draw_sheet(LatentDiffusionPipeline.from_pretrained(tmp_path / "run"), trainer.config, tmp_path / "again.png")  # type: ignore[arg-type]
     sheets = sorted((tmp_path / "run" / "grids").iterdir())
-    assert [path.name for path in sheets] == ["step-000002.png", "step-000004.png"]
-    first, last, again = (np.asarray(Image.open(path)).astype(int) for path in (*sheets, tmp_path / "again.png"))
+    assert [path.name for path in sheets] == [f"step-00000{step}.png" for step in (0, 2, 4)]
+    before, first, last, again = (np.asarray(Image.open(p)).astype(int) for p in (*sheets, tmp_path / "again.png"))
     assert abs(last - again).max() <= 1
     assert abs(first - again).max() > 1
+    draw_sheet(LatentDiffusionPipeline.from_pretrained(TINY), trainer.config, tmp_path / "before.png")  # type: ignore[arg-type]
+    assert abs(before - np.asarray(Image.open(tmp_path / "before.png"))).max() <= 1
 
 
 def test_encoding_in_every_step_gives_the_loss_of_the_cache(tmp_path: Path) -> None:
@@ -253,6 +257,26 @@ def test_another_model_is_refused_on_resume(method: str, tmp_path: Path) -> None
     other.save_pretrained(tmp_path / "model")
     with pytest.raises(LdmPipeError, match="frozen"):
         start(tmp_path, resume_from_checkpoint="latest", **changes)[0].fit()
+
+
+def test_another_autoencoder_is_refused_on_resume(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    start(tmp_path, pretrained_model_name_or_path=str(tmp_path / "model"))[0].fit()
+    other = LatentDiffusionPipeline.from_pretrained(TINY)
+    with torch.no_grad():
+        other.autoencoder.encoder.conv_in.weight *= 1.1  # type: ignore[operator,union-attr]
+    other.save_pretrained(tmp_path / "model")
+    changes = {"pretrained_model_name_or_path": str(tmp_path / "model"), "resume_from_checkpoint": "latest"}
+    with pytest.raises(LdmPipeError, match="or what encodes it did"):
+        start(tmp_path, **changes)[0].fit()
+
+
+def test_a_model_with_maps_is_refused(tmp_path: Path) -> None:
+    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
+    parts = (widened(pipe.unet, 5), pipe.autoencoder, pipe.text_encoders, pipe.schedule)
+    LatentDiffusionPipeline(*parts, spatial=SpatialInput(1)).save_pretrained(tmp_path / "model")
+    with pytest.raises(LdmPipeError, match="maps or classes"):
+        start(tmp_path, pretrained_model_name_or_path=str(tmp_path / "model"))
 
 
 def test_another_config_is_refused_on_resume_with_the_differences(tmp_path: Path) -> None:
