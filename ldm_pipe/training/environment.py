@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
 def start_processes(mixed_precision: str) -> Accelerator:
     """Join the processes that the launcher started; the run's config decides the precision, not the launcher.
 
-    Raises: LdmPipeError where DeepSpeed is asked for and not installed, and for fp16 without a GPU.
+    Raises: LdmPipeError where DeepSpeed is asked for, and for fp16 without a GPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and find_spec("deepspeed") is None:
-        fix = "pip install deepspeed, or launch with configs/accelerate/fsdp2.yaml, which saves as much memory."
-        raise LdmPipeError("the launcher asks for DeepSpeed, which is not installed", "accelerate launch", fix)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        fix = "Launch with configs/accelerate/fsdp2.yaml: it splits weights, gradients and optimiser, as ZeRO 3 does."
+        raise LdmPipeError("the launcher asks for DeepSpeed, which this trainer does not use", "accelerate launch", fix)
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LdmPipeError("fp16 needs a GPU", "mixed_precision", "Use bf16 or no.")
     AcceleratorState._reset_state()  # an earlier run in this process (a notebook) may have had another precision
