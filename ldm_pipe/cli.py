@@ -111,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_draw(commands.add_parser("generate", help="draw pictures from a prompt"), "generate")
     _add_draw(commands.add_parser("img2img", help="change a picture by a prompt"), "img2img")
     _add_draw(commands.add_parser("inpaint", help="paint into the white part of a mask"), "inpaint")
+    _add_other(commands.add_parser("draw", help="draw with a model of any kind: without words, by class, enlarging"))
     _add_interpolate(commands.add_parser("interpolate", help="draw the way between prompts, seeds or pictures"))
     _add_invert(commands.add_parser("invert", help="find the noise of a picture and draw with it"))
     _add_export(commands.add_parser("export", help="turn a model or a training run into a diffusers folder"))
@@ -171,6 +172,21 @@ def _add_draw(parser: argparse.ArgumentParser, kind: str) -> None:
     _add_model(parser)
     _add_stages(parser, kind)
     parser.set_defaults(run=_run_draw, kind=kind)
+
+
+def _add_other(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("prompt", nargs="?", help="what to draw, for models that read words")
+    parser.add_argument("--class-labels", type=int, nargs="+", metavar="NUMBER", help="for models that draw by class")
+    parser.add_argument("--image", help="the small picture, for models that enlarge")
+    parser.add_argument("--noise-level", type=int, help="how little of it to trust")
+    parser.add_argument("-o", "--output", "--out", help="a .png, or a folder ending in /")
+    parser.add_argument("-n", "--num-pictures", type=int, default=1, metavar="N", help="of each class, or at all")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    parser.add_argument("--batch-size", type=int, default=8, help="most pictures drawn at once (default 8)")
+    _add_how(parser).add_argument("--seed", type=int, help="picture i is drawn from seed + i")
+    _add_model(parser)
+    parser.set_defaults(run=_run_other)
 
 
 def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -298,9 +314,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
-    parser.add_argument(
-        "path", nargs="?", help="a picture, a model folder, a training run or a hub id; default the shipped model"
-    )
+    parser.add_argument("path", nargs="?", help="picture, model folder, training run or hub id; default: shipped model")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run_info)
 
@@ -309,9 +323,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check = commands.add_parser("check", help="report bad, doubled, uncaptioned and odd pictures before training")
     _add_common(check)
-    check.add_argument(
-        "folder", help="folder with metadata.jsonl, captions in .txt files, or parquet; or one parquet file"
-    )
+    check.add_argument("folder", help="with metadata.jsonl, captions in .txt files, or parquet; or one parquet file")
     check.add_argument("--split", default="train")
     check.add_argument("--image-column", default="image")
     check.add_argument("--caption-column", default="text")
@@ -330,6 +342,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _run_draw(args: argparse.Namespace) -> int:
     from ldm_pipe.commands.draw import run
+
+    return run(args)
+
+
+def _run_other(args: argparse.Namespace) -> int:
+    from ldm_pipe.commands.other import run
 
     return run(args)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import ldm_pipe
 from autoencoder import AutoencoderKL, VQModel
 from ldm_pipe import LatentDiffusionPipeline, NoiseSchedule, UNet
+from ldm_pipe.cli import main
 from ldm_pipe.outputs import Defaults, Thresholding
 from ldm_pipe.pipelines import (
     PixelDiffusionPipeline,
@@ -23,6 +25,7 @@ from ldm_pipe.pipelines import (
     UpscalePipeline,
 )
 from ldm_pipe.pipelines.checks import thresholding_of
+from ldm_pipe.png_info import read_png_info
 from ldm_pipe.pretrained import LdmPipeError
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
@@ -311,6 +314,40 @@ def test_what_is_thresholded_here_is_so_in_the_file(tmp_path: Path) -> None:
     wanted = {"_class_name": "DDPMScheduler", "clip_sample": True, "variance_type": "learned_range", "steps_offset": 0}
     assert {key: config[key] for key in wanted} == wanted
     assert ldm_pipe.load_pipeline(tmp_path).defaults.thresholding == Thresholding("static")
+
+
+def test_the_command_draws_with_any_of_them(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["draw", "--model", str(saved), "--steps", "2", "--quiet", "--seed", "4"]
+    assert main([*base, "-n", "3", "--batch-size", "2", "-o", str(tmp_path / "a.png")]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a-1.png", "a-2.png", "a-3.png"]
+    third = ldm_pipe.load_pipeline(saved)(seed=6, num_inference_steps=2).images[0]
+    assert list(Image.open(tmp_path / "a-3.png").getdata()) == list(third.getdata())
+    info = read_png_info(tmp_path / "a-3.png")
+    assert info is not None
+    assert info.settings["Seed"] == "6"
+    for wrong in (["red apple"], ["--class-labels", "1"], ["--noise-level", "3"], ["--lora", "x"], ["-n", "0"]):
+        assert main([*base, *wrong, "-o", str(tmp_path / "b.png")]) == 2
+    by_class().save_pretrained(tmp_path / "classes")
+    enlarging_by_class().save_pretrained(tmp_path / "larger")
+    rest = ["--steps", "2", "--quiet", "--seed", "4", "-o"]
+    words = [
+        "draw",
+        "--model",
+        str(tmp_path / "classes"),
+        "--class-labels",
+        "1",
+        "2",
+        "-n",
+        "2",
+        "--guidance-scale",
+        "2",
+    ]
+    assert main([*words, *rest, str(tmp_path / "c.png")]) == 0
+    assert len(list(tmp_path.glob("c-*.png"))) == 4
+    words = ["draw", "--model", str(tmp_path / "larger"), "--class-labels", "1", "--image", str(tmp_path / "a-1.png")]
+    assert main([*words, *rest, str(tmp_path / "d.png")]) == 0
+    assert Image.open(tmp_path / "d.png").size == (16, 16)
+    assert "d.png" in capsys.readouterr().out
 
 
 def test_slicing_says_that_there_is_no_autoencoder() -> None:
