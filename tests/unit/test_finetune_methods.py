@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
 
+from autoencoder import VQModel
 from conditioning import SpatialInput
 from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.interop.textual_inversion import read_vectors
@@ -199,9 +200,23 @@ def test_class_pictures_are_drawn_once(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
-@pytest.mark.parametrize(("family", "method"), [("sdxl", "lora-encoder"), ("sdxl", "word"), ("sd2", "full")])
+def make_vq_folder(folder: Path) -> Path:
+    """Write the tiny pipeline with a VQ autoencoder, as LDM's text-to-image has one."""
+    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
+    shape = {"block_out_channels": [8, 16, 16], "norm_num_groups": 4, "latent_channels": 4, "num_vq_embeddings": 16}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vq = VQModel.from_config({**shape, **blocks}).eval()
+    vq.set_latent_statistics([0.1] * 4, [0.5] * 4)
+    LatentDiffusionPipeline(pipe.unet, vq, pipe.text_encoders, pipe.schedule).save_pretrained(folder)
+    return folder
+
+
+FAMILIES = [("sdxl", "lora-encoder"), ("sdxl", "word"), ("sd2", "full"), ("ldm", "lora-encoder")]
+
+
+@pytest.mark.parametrize(("family", "method"), FAMILIES)
 def test_other_families_are_fine_tuned(family: str, method: str, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "model", family)
+    folder = make_vq_folder(tmp_path / "model") if family == "ldm" else make_folder(tmp_path / "model", family)
     changes = {**METHODS[method], "pretrained_model_name_or_path": str(folder), "initializer_token": "a"}
     changes = changes if method == "word" else {**changes, "initializer_token": None}
     trainer, trained, _ = start(tmp_path, max_train_steps=2, data={"random_flip": True}, **changes)
@@ -209,7 +224,8 @@ def test_other_families_are_fine_tuned(family: str, method: str, tmp_path: Path)
     after = LatentDiffusionPipeline.from_pretrained(tmp_path / "run")
     assert len(after.text_encoders) == (2 if family == "sdxl" else 1)
     if trained.lora is not None:
-        assert {part for part, _ in trained.lora.places} == {"unet", "text_encoder", "text_encoder_2"}
+        names = {"unet", "text_encoder", "text_encoder_2"} if family == "sdxl" else {"unet", "text_encoder"}
+        assert {part for part, _ in trained.lora.places} == names
     if trained.word is not None:
         assert [v.shape for v in read_vectors(tmp_path / "run" / WORD_FILE)[1]] == [(2, 32), (2, 48)]
 
