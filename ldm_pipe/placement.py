@@ -6,6 +6,7 @@ What enters: the networks. What leaves: the same, moved. This file knows neither
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import threading
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,8 @@ class Placement:
         target = torch.device(device)
         if target.type == "cpu":
             raise LdmPipeError("offload to the CPU from the CPU", how_to_fix="Name a GPU, or leave it.")
+        if importlib.util.find_spec("accelerate") is None:
+            raise LdmPipeError("accelerate is not installed", "offload", "pip install 'ldm-pipe[train]'")
         self.to("cpu")
         self._offload = torch.device(target.type, gpu_id) if target.index is None else target
 
@@ -117,15 +120,18 @@ class Placement:
 
     @contextlib.contextmanager
     def on_device(self, module: nn.Module) -> Iterator[None]:
-        """Bring a network to the device for the time of its stage, where offloading is on."""
+        """Bring a network to the device for the time of its stage, where offloading is on (by accelerate's hook)."""
         if self._offload is None:
             yield
             return
-        module.to(self._offload)
+        from accelerate.hooks import CpuOffload
+
+        hook = CpuOffload(self._offload)
+        hook.pre_forward(module)
         try:
             yield
         finally:
-            module.to("cpu")
+            hook.init_hook(module)
 
     def progress_bar(self, total: int) -> Any:
         """Return a tqdm bar with the settings of `set_progress_bar_config`."""
