@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
         raise LdmPipeError(
             "a stream has no cached latents", "data.streaming", "Leave it out: they are computed once and kept."
         )
-    records = open_records(config.data)
+    records = open_records(config.data, config.output_dir)
     device = process_device()
     autoencoder = load_autoencoder(config.autoencoder, device=device).requires_grad_(False)
     names = [name for name in (config.text_encoder, config.text_encoder_2) if name is not None]

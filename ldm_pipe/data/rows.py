@@ -59,7 +59,7 @@ class DataReport:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One usable row.
 

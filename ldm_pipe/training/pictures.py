@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm_pipe.data.buckets import BucketOrder, Shape, assign_buckets, bucket_shapes
 from ldm_pipe.data.cache import LatentCache, Moments
@@ -19,8 +22,9 @@ from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.framing import CENTER, frame_picture
 from ldm_pipe.data.images import resize, to_tensor
 from ldm_pipe.data.order import DataOrder, concept_weights
+from ldm_pipe.data.rows import DataReport
 from ldm_pipe.data.stream import Stream, open_stream
-from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.training.config import DataConfig
 from ldm_pipe.training.rng import batch_uniform
 
@@ -30,8 +34,13 @@ if TYPE_CHECKING:
 MAX_RESIDENT_BYTES = 2 << 30
 
 
-def open_records(config: DataConfig) -> Records:
-    """Read the records a config names, without the rows its `exclude_columns` mark."""
+def open_records(config: DataConfig, output_dir: str | Path | None = None) -> Records:
+    """Read the records a config names, without the rows its `exclude_columns` mark.
+
+    Args:
+        config: the run's data.
+        output_dir: if given, the main process says what was left out, and lists it in `left_out.txt` there.
+    """
     records = load_records(
         config.train_data_dir,
         image_column=config.image_column,
@@ -42,11 +51,23 @@ def open_records(config: DataConfig) -> Records:
         max_bad_fraction=config.max_bad_fraction,
         config_name=config.dataset_config_name,
     )
+    if output_dir is not None and os.environ.get("RANK", "0") == "0":
+        tell_left_out(records.report, Path(output_dir))
     if config.exclude_columns:
         records = records.filter(**dict.fromkeys(config.exclude_columns, False))
     if config.max_train_samples is not None:
         records = records.select(range(min(len(records), config.max_train_samples)))
     return records
+
+
+def tell_left_out(report: DataReport, folder: Path) -> None:
+    """Say how many rows are used and why others are not; name those in `left_out.txt`."""
+    lines = [str(report)]
+    if report.problems:
+        path = folder / "left_out.txt"
+        atomic_write(path, "".join(f"{problem}\n" for problem in report.problems))
+        lines.append(f"left out, listed in {path}, the first ones: {'; '.join(map(str, report.problems[:3]))}")
+    tqdm.write("\n".join(lines), file=sys.stderr)
 
 
 def drawing_weights(records: Records, config: DataConfig) -> np.ndarray | None:

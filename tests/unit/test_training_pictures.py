@@ -186,6 +186,23 @@ def test_a_stream_is_framed_like_records(folder: Path, tmp_path: Path) -> None:
         StreamBatches.open(config(folder, aspect_ratio_buckets=True, concept_column="c"), 0)
 
 
+def test_bad_pictures_are_named_counted_and_skipped(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault 39: the run goes on, says how many were left out, and lists them."""
+    (folder / "05.png").write_bytes(b"<html>404</html>")
+    (folder / "lost.txt").write_text("no picture")
+    settings = config(folder, max_bad_fraction=0.1)
+    assert len(open_records(settings, tmp_path / "run")) == NUM - 1
+    said = capsys.readouterr().err
+    assert f"{NUM - 1} of {NUM + 1} rows used; left out: 1 missing file, 1 unreadable picture" in said
+    listed = (tmp_path / "run" / "left_out.txt").read_text().splitlines()
+    assert len(listed) == 2
+    assert any("05.png: unreadable picture (text, not a picture" in line for line in listed)
+    with pytest.raises(LdmPipeError, match="max_bad_fraction"):
+        open_records(config(folder))
+
+
 def test_settings_that_mean_nothing_together_are_refused(folder: Path) -> None:
     settings = config(folder, aspect_ratio_buckets=True)
     records = load_records(folder)
