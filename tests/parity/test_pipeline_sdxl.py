@@ -201,6 +201,7 @@ def test_depth(tmp_path: Path, strength: float) -> None:
     again = load(tmp_path / "b", **nobody)
     again.set_progress_bar_config(disable=True)
     assert difference(again(**call, generator=generator()).images, wanted) <= 1e-4
+    assert compare_with_diffusers(tmp_path / "b", num_steps=4)[0] <= 1e-4
 
 
 def test_default_reload_has_one_dtype(base: tuple[Any, LatentDiffusionPipeline], tmp_path: Path) -> None:
