@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.training.config import run_script
+from ldm_pipe.training.summary import smoothed
 
 
 def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
@@ -40,11 +41,6 @@ def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
         raise LdmPipeError(f"no scalar {tag!r}", str(folder), f"use one of {', '.join(sorted(known))}")
     steps = sorted(values)
     return steps, [values[step] for step in steps]
-
-
-def smoothed(values: list[float], window: int) -> list[float]:
-    """Return the mean of each value and the window - 1 before it."""
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
 
 
 def plot(runs: list[Path], tag: str, window: int) -> bytes:
