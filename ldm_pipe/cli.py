@@ -218,6 +218,7 @@ def _add_stages(parser: argparse.ArgumentParser, kind: str) -> None:
     """Add what only some models read."""
     group = parser.add_argument_group("of models that read more than a prompt")
     group.add_argument("--spatial", metavar="FILE", help="a map of the picture's size, for models trained with maps")
+    group.add_argument("--class-labels", metavar="CLASS", help="a class by name, for models trained with classes")
     group.add_argument("--depth-map", metavar="FILE", help="a grey picture, white is near, for depth models")
     group.add_argument("--prompt-2", help="for the second text encoder, as SDXL has one")
     group.add_argument("--negative-prompt-2", help="what not to draw, for the second text encoder")

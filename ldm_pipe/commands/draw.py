@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 MAX_PROMPTS_BYTES = 100_000_000
 PASSED_ON = (
     "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width", "sampler",
-    "spacing", "eta", "clip_skip", "strength", "prompt_syntax", "spatial", "depth_map", "prompt_2",
-    "negative_prompt_2", "original_size", "target_size", "crops_coords_top_left",
+    "spacing", "eta", "clip_skip", "strength", "prompt_syntax", "spatial", "class_labels", "depth_map",
+    "prompt_2", "negative_prompt_2", "original_size", "target_size", "crops_coords_top_left",
 )  # fmt: skip
 
 
@@ -132,6 +132,7 @@ def draw(
         "mask_image",
         "strength",
         "spatial",
+        "class_labels",
         "depth_map",
         "target_size",
         "height",

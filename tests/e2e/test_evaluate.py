@@ -6,7 +6,7 @@ import importlib.util
 import io
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +47,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> str:
         flags = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": name == "flag"}
         picture = {"bytes": buffer.getvalue(), "path": None}
         rows.append({"image": picture, "id": f"{i:x}", "caption": name, "concept": name, "keywords": [], **flags})
+        rows[-1]["group"] = name.split()[-1]
     path = tmp_path_factory.mktemp("drawings") / "train.parquet"
     pandas.DataFrame(rows).to_parquet(path)
     return str(path)
@@ -109,6 +110,30 @@ def test_perfect_pictures_are_all_found(evaluate: ModuleType, drawings: str, tmp
         evaluate.main(["retrieval", "--train_file", drawings, "--output", str(tmp_path)])
     (row,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert (row["top1"], row["top5"], len(row["ranks"])) == (1.0, 1.0, 6)
+
+
+def test_a_model_of_classes_is_asked_by_another_column(
+    evaluate: ModuleType, drawings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = evaluate.load_plain(drawings)
+    groups, asked = records.column("group"), []
+
+    class Classes:
+        components: dict[str, object] = {}  # noqa: RUF012
+        model_hash = None
+        defaults = evaluate.LatentDiffusionPipeline.from_pretrained(MODEL).defaults
+
+        def __call__(self, prompts: list[str], *, seed: list[int], **_: object) -> SimpleNamespace:
+            asked.extend(zip(prompts, seed, strict=True))
+            rows = [[row for row, group in enumerate(groups) if group == prompt] for prompt in prompts]
+            return SimpleNamespace(images=[records.image(own[s]) for own, s in zip(rows, seed, strict=True)])
+
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: Classes())
+    columns = ["--prompt_column", "group", "--answer_column", "group", "--batch_size", "2"]
+    evaluate.main(["retrieval", "--train_file", drawings, *columns, "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert (row["top1"], len(row["ranks"])) == (1.0, 6)
+    assert sorted(asked) == [("apple", 0), ("apple", 1), *((name, 0) for name in ("car", "face", "octopus", "worm"))]
 
 
 def test_autoencoder_measures_both_sets(evaluate: ModuleType, drawings: str, tmp_path: Path) -> None:
