@@ -57,7 +57,8 @@ _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_e
 
 def networks_of(pipe: Any) -> dict[str, nn.Module]:
     """Return the networks of a pipeline by the names that LoRA files give them: those of their folders."""
-    return {"unet": pipe.unet, **dict(zip(folders_of(pipe.parts()), pipe.text_encoders, strict=True))}
+    folders = folders_of(pipe.parts()) if hasattr(pipe, "parts") else ("text_encoder",)[: len(pipe.text_encoders)]
+    return {"unet": pipe.unet, **dict(zip(folders, pipe.text_encoders, strict=True))}
 
 
 def _modules(net: nn.Module) -> dict[str, nn.Module]:
