@@ -16,6 +16,7 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
 from ldm_pipe import drawing
+from ldm_pipe.adapters import Adapters
 from ldm_pipe.noise import Draw
 from ldm_pipe.outputs import Defaults, LatentDiffusionOutput, picture_infos
 from ldm_pipe.pipelines.pixel_space import PixelSpace
@@ -130,7 +131,7 @@ def draw_pictures(
         images,
         seeds=None if request.seeds is None else list(request.seeds),
         latents=z if request.return_latents else None,
-        infos=picture_infos(request, pipe.name, None),
+        infos=picture_infos(request, pipe.name, None, pipe.adapter_settings() if isinstance(pipe, Adapters) else None),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conditioning import AnyTextEncoder
 from ldm_pipe import drawing
+from ldm_pipe.adapters import Adapters
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput
 from ldm_pipe.pipelines import files
 from ldm_pipe.pipelines.calls import Call, draw_pictures, first_noise
@@ -29,7 +30,7 @@ from ldm_pipe.unet import UNet
 CLASS = "IFPipeline"
 
 
-class PixelDiffusionPipeline(Placement, Call):
+class PixelDiffusionPipeline(Placement, Adapters, Call):
     """Draw pictures from prompts by diffusion on pixels (after Imagen, Saharia et al. 2022, arXiv:2205.11487).
 
     Args:

@@ -19,6 +19,7 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
 from ldm_pipe import drawing
+from ldm_pipe.adapters import Adapters
 from ldm_pipe.noise import Draw
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, whole_number
 from ldm_pipe.pipelines import files
@@ -38,7 +39,7 @@ MAX_NOISE_LEVEL = 350
 NOISINGS = {LATENT: "low_res_scheduler", PIXEL: "image_noising_scheduler"}
 
 
-class UpscalePipeline(Placement, Call):
+class UpscalePipeline(Placement, Adapters, Call):
     """Enlarge pictures as a prompt says (x4 upscaler: arXiv:2112.10752, section 4.4; IF II: after arXiv:2205.11487).
 
     In latents the small picture lies beside them as it is, so that the result is `factor` times as large; in pixels it
