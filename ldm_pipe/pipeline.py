@@ -33,7 +33,7 @@ from ldm_pipe.placement import Placement, read_dtype
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.prompting import plan_prompts
 from ldm_pipe.request import Request, check_request
-from ldm_pipe.request_prompts import check_text
+from ldm_pipe.request_prompts import check_second, check_text
 from ldm_pipe.schedule import Law
 from ldm_pipe.scheduler_config import SchedulerConfig, defaults_of, law_of
 from ldm_pipe.unet import UNet
@@ -359,6 +359,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         *,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
         clip_skip: int | None = None,
     ) -> tuple[Tensor, ...]:
         """Encode prompts for `prompt_embeds` and `negative_prompt_embeds`: two tensors (B, L, D).
@@ -370,9 +372,12 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         for text in (*prompts, *negatives):
             check_text("prompt", text)
+        given: dict[str, Any] = {"prompt_2": prompt_2, "negative_prompt_2": negative_prompt_2}
+        given |= {"prompt_embeds": None, "negative_prompt_embeds": None}
+        second = check_second(self, given, len(prompts), guided=True)
+        is_zero = self.zero_empty_prompt and negative_prompt is None and negative_prompt_2 is None
         with torch.no_grad():
-            cond = drawing.encode(self, prompts, clip_skip)
-            is_zero = negative_prompt is None and self.zero_empty_prompt
-            uncond = cond.zeros() if is_zero else drawing.encode(self, negatives)
+            cond = drawing.encode(self, prompts, clip_skip, second[0])
+            uncond = cond.zeros() if is_zero else drawing.encode(self, negatives, None, second[1])
         pairs = ((cond.tokens, uncond.tokens), (cond.pooled, uncond.pooled))
         return tuple(value for pair in pairs for value in pair if value is not None)

@@ -101,6 +101,10 @@ def test_embeddings(base: tuple[Any, LatentDiffusionPipeline]) -> None:
     found = ours.encode_prompt("red apple", "ugly")
     assert [f.shape for f in found] == [w.shape for w in wanted]
     assert max(difference(f, w.detach()) for f, w in zip(found, wanted, strict=True)) < 1e-5
+    second = {"prompt_2": "a worm", "negative_prompt_2": "green"}
+    wanted_2 = theirs.encode_prompt("red apple", negative_prompt="ugly", **second)
+    found_2 = ours.encode_prompt("red apple", "ugly", **second)
+    assert max(difference(f, w.detach()) for f, w in zip(found_2, wanted_2, strict=True)) < 1e-5
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     call = {**CALL, "latents": latents()}
     from_texts = ours(**call, prompt="red apple", negative_prompt="ugly").images
