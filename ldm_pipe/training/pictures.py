@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,18 +130,70 @@ class ImageBatch:
     captions: list[str]
 
 
+class Ahead:
+    """Make the batch of the next step in a thread of its own while the present one is trained on.
+
+    Args:
+        make: makes a batch; only ever called by the one thread.
+        following: tells which slice the next step will ask for; None: nothing is made ahead.
+    """
+
+    def __init__(self, make: Callable[[Micro], ImageBatch], following: Callable[[Micro], Micro] | None) -> None:
+        self._make, self._following = make, following
+        self._pool = ThreadPoolExecutor(1)
+        self._made: dict[tuple[int, int], tuple[list[int], Future[ImageBatch]]] = {}
+
+    def __call__(self, micro: Micro) -> ImageBatch:
+        """Return the batch of a slice, and begin with the same slice of the next step."""
+        indices, future = self._made.pop((micro.step, micro.positions.start), ([], None))
+        if future is None or indices != micro.indices:
+            # the first step, a resumed run, or another order: what was made for other steps is not wanted
+            self._made = {key: made for key, made in self._made.items() if key[0] == micro.step + 1}
+            future = self._pool.submit(self._make, micro)
+        batch = future.result()
+        if self._following is not None:
+            coming = self._following(micro)
+            key = (coming.step, coming.positions.start)
+            self._made[key] = (coming.indices, self._pool.submit(self._make, coming))
+        return batch
+
+
 class ImageBatches:
     """Map the slice of a step to pictures, cropped, mirrored and captioned anew at each use.
 
     All draws are keyed by (seed, step, place in the batch): the same in any process, at any number of threads.
+
+    Args:
+        records: the pictures.
+        plan: their shapes.
+        config: crops and mirroring.
+        seed: of the draws.
+        order: of the run; with it the pictures of the next step are decoded while the present one is trained on.
     """
 
-    def __init__(self, records: Records, plan: ShapePlan, config: DataConfig, seed: int) -> None:
-        self.records, self.plan, self.config, self.seed = records, plan, config, seed
+    def __init__(
+        self,
+        records: Records,
+        plan: ShapePlan,
+        config: DataConfig,
+        seed: int,
+        order: DataOrder | BucketOrder | None = None,
+    ) -> None:
+        self.records, self.plan, self.config, self.seed, self.order = records, plan, config, seed, order
         self._pool = ThreadPoolExecutor(8)
+        self._ahead = Ahead(self._batch, self._following if order is not None else None)
 
     def __call__(self, micro: Micro) -> ImageBatch:
         """Return the pictures of a slice."""
+        return self._ahead(micro)
+
+    def _following(self, micro: Micro) -> Micro:
+        """Return the slice at the same places of the next global batch."""
+        assert self.order is not None
+        rows = self.order.batch_at(micro.step + 1)[micro.positions.start : micro.positions.stop]
+        return replace(micro, step=micro.step + 1, indices=rows.tolist(), memo={})
+
+    def _batch(self, micro: Micro) -> ImageBatch:
         shape = self.plan.shapes[int(self.plan.buckets[micro.indices[0]])]
         images = list(self._pool.map(self.records.image, micro.indices))
         captions = [self.records.caption_lists[row] for row in micro.indices]
@@ -149,14 +201,28 @@ class ImageBatches:
 
 
 class StreamBatches:
-    """Map the slice of a step to pictures of a stream, framed as `ImageBatches` does; all have the square shape."""
+    """Map the slice of a step to pictures of a stream, framed as `ImageBatches` does; all have the square shape.
 
-    def __init__(self, stream: Stream, config: DataConfig, seed: int) -> None:
-        """Take the share of this process; its order is `StreamOrder`."""
-        self.stream, self.config, self.seed = stream, config, seed
+    Args:
+        stream: the share of this process; its order is `StreamOrder`.
+        config: crops and mirroring.
+        seed: of the draws.
+        per_step: pictures that this process takes in a step; with it the next step is read and decoded ahead.
+    """
+
+    def __init__(self, stream: Stream, config: DataConfig, seed: int, per_step: int | None = None) -> None:
+        self.stream, self.config, self.seed, self.per_step = stream, config, seed, per_step
+        self._ahead = Ahead(self._batch, self._following if per_step is not None else None)
 
     @classmethod
-    def open(cls, config: DataConfig, seed: int, process_index: int = 0, num_processes: int = 1) -> StreamBatches:
+    def open(
+        cls,
+        config: DataConfig,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        per_step: int | None = None,
+    ) -> StreamBatches:
         """Open what the config names.
 
         Raises: LdmPipeError for settings that need the whole set at hand.
@@ -174,10 +240,19 @@ class StreamBatches:
             process_index=process_index, num_processes=num_processes, null_captions=config.null_captions,
             max_bad_fraction=config.max_bad_fraction,
         )  # fmt: skip
-        return cls(stream, config, seed)
+        return cls(stream, config, seed, per_step)
 
     def __call__(self, micro: Micro) -> ImageBatch:
         """Return the pictures of a slice; its indices are positions in the share of this process."""
+        return self._ahead(micro)
+
+    def _following(self, micro: Micro) -> Micro:
+        """Return the same slice of the next step."""
+        assert self.per_step is not None
+        later = [position + self.per_step for position in micro.indices]
+        return replace(micro, step=micro.step + 1, indices=later, memo={})
+
+    def _batch(self, micro: Micro) -> ImageBatch:
         samples = self.stream.take(micro.indices)
         images, captions = [sample.image for sample in samples], [sample.captions for sample in samples]
         shape = (self.config.resolution, self.config.resolution)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.config import DataConfig
 from ldm_pipe.training.loop import Micro
 from ldm_pipe.training.pictures import (
+    Ahead,
+    ImageBatch,
     ImageBatches,
     LatentBatches,
     ShapePlan,
@@ -115,6 +117,36 @@ def test_a_batch_is_a_function_of_seed_and_step_however_it_is_split(folder: Path
     assert not torch.equal(other.images, whole.images)
 
 
+def test_batches_made_ahead_are_those_made_on_demand(folder: Path) -> None:
+    """Also in two slices of a step, and after a jump to another step."""
+    settings = config(folder, center_crop=False, random_flip=True, aspect_ratio_buckets=True)
+    records = open_records(settings)
+    plan = plan_shapes(records, settings, 6)
+    order = plan.order(0)(6)
+    plain, ahead = (ImageBatches(records, plan, settings, 3, given) for given in (None, order))
+    for step in (0, 1, 2, 7, 8, 0):
+        rows = order.batch_at(step).tolist()
+        for start in (0, 3):
+            micro = Micro(step, rows[start : start + 3], range(start, start + 3))
+            assert torch.equal(ahead(micro).images, plain(micro).images)
+            assert ahead(micro).captions == plain(micro).captions
+
+
+def test_each_batch_is_made_once_and_before_it_is_asked_for() -> None:
+    made: list[tuple[int, int]] = []
+
+    def make(micro: Micro) -> ImageBatch:
+        made.append((micro.step, micro.positions.start))
+        return ImageBatch(torch.zeros(1), torch.zeros(1), [])
+
+    ahead = Ahead(make, lambda micro: replace(micro, step=micro.step + 1))
+    for step in range(3):
+        for start in (0, 4):
+            ahead(Micro(step, [1, 2], range(start, start + 2)))
+    ahead._pool.shutdown()
+    assert made == [(0, 0), (1, 0), (0, 4), (1, 4), (2, 0), (2, 4), (3, 0), (3, 4)]
+
+
 def test_every_caption_of_a_picture_is_used(folder: Path) -> None:
     settings = config(folder)
     records = open_records(settings)
@@ -181,6 +213,10 @@ def test_a_stream_is_framed_like_records(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(streamed.images, indexed.images)
         assert torch.equal(streamed.time_ids, indexed.time_ids)
         assert streamed.captions == indexed.captions
+    early = StreamBatches(Stream(open_stream(settings.train_data_dir), seed=None), settings, seed=1, per_step=4)
+    for step in (0, 1, 2, 1):
+        micro = Micro(step, StreamOrder(4).batch_at(step).tolist(), range(4))
+        assert torch.equal(early(micro).images, images(micro).images)
     assert StreamBatches.open(settings, seed=1)(micro).images.shape == (4, 3, 16, 16)
     with pytest.raises(LdmPipeError, match="cannot serve aspect_ratio_buckets, concept_column"):
         StreamBatches.open(config(folder, aspect_ratio_buckets=True, concept_column="c"), 0)
