@@ -31,7 +31,6 @@ from autoencoder.losses import Features
 from ldm_pipe.data.images import make_grid, to_pil
 from ldm_pipe.data.rows import DataReport
 from ldm_pipe.data.stream import StreamOrder
-from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.autoencoder import (
     AutoencoderConfig,
     Crops,
@@ -56,6 +55,7 @@ from ldm_pipe.training.pictures import (
     drawing_weights,
     open_records,
     plan_shapes,
+    tell_left_out,
 )
 from ldm_pipe.training.preview import PictureBatches, make_preview
 from ldm_pipe.training.rng import generator
@@ -178,7 +178,7 @@ def open_data(config: AutoencoderConfig) -> Data:
         stream = StreamBatches.open(data, config.seed, int(os.environ.get("RANK", "0")), world)
         first, name = FirstPictures(stream), f"stream {data.train_data_dir} {data.dataset_config_name}"
         return Data(lambda m: stream(m).images, first, len(first), StreamOrder, name, stream.stream.report)
-    records = open_records(data)
+    records = open_records(data, config.output_dir)
     pictures = PictureSource(records, data.resolution)
     plan = plan_shapes(records, data, config.train_batch_size * config.gradient_accumulation_steps * world)
     order = plan.order(config.seed, drawing_weights(records, data))
@@ -189,14 +189,6 @@ def open_data(config: AutoencoderConfig) -> Data:
     elif config.crop.random:
         source = CropSource(records, data.resolution, config.crop)
     return Data(source, pictures, len(records), order, records.fingerprint, records.report)
-
-
-def list_left_out(report: DataReport, path: Path) -> None:
-    """Print the counts, and write path and reason of every row that was not used, if there is any."""
-    print(report)
-    if report.problems:
-        atomic_write(path, "".join(f"{problem}\n" for problem in report.problems))
-        print(f"listed in {path}")
 
 
 def main(argv: list[str]) -> None:
@@ -234,7 +226,9 @@ def main(argv: list[str]) -> None:
         if trainer.step >= config.max_train_steps:
             finished = load_autoencoder(folder / "vae", device=device)
             make_preview(finished, pictures, config.preview, config.seed).save_pretrained(folder / "preview")
-        list_left_out(data.report, folder / "left_out.txt")
+        print(data.report)
+        if config.data.streaming:  # a set at hand was judged at the start
+            tell_left_out(data.report, folder)
 
 
 if __name__ == "__main__":
