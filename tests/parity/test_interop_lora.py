@@ -120,13 +120,37 @@ def test_the_methods_mean_what_they_mean_in_diffusers(tmp_path: Path) -> None:
         pipe.fuse_lora(lora_scale=0.5)
     fused = same()
     ours.unfuse_lora()
+    assert torch.equal(_pictures(ours, "abba"), pictures[-1])
     theirs.unfuse_lora()
+    for pipe in (ours, theirs):  # diffusers keeps lora_scale until the weights are set anew
+        pipe.set_adapters(["b"], 0.7)
     assert torch.equal(same(), pictures[-1])
     for pipe in (ours, theirs):
         pipe.fuse_lora(lora_scale=0.5)
         pipe.unload_lora_weights()
     assert torch.equal(_pictures(ours, "abba"), fused)
     torch.testing.assert_close(_pictures(theirs, "abba"), fused, rtol=0, atol=1e-4)
+
+
+def test_diffusers_reads_our_kohya_layout_of_sdxl(tmp_path: Path) -> None:
+    """The U-Net's modules stand there under the original names; the scales are alphas of their own."""
+    folder = make_folder(tmp_path / "folder", "sdxl")
+    ours = LatentDiffusionPipeline.from_pretrained(folder)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(str(folder / "unet"))
+    name = "up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_v"
+    rows, columns = ours.unet.get_submodule(name).weight.shape  # type: ignore[misc]
+    generator = torch.Generator().manual_seed(0)
+    halves = (torch.randn(shape, generator=generator) for shape in ((2, columns), (rows, 2)))
+    layer = LoraLayer(*halves, alpha=1.0)
+    save_lora(tmp_path / "xl.safetensors", {("unet", name): layer}, layout="kohya", networks=networks_of(ours))
+    load = diffusers.StableDiffusionXLPipeline
+    tensors, alphas = load.lora_state_dict(str(tmp_path / "xl.safetensors"), unet_config=unet.config)
+    load.load_lora_into_unet(tensors, network_alphas=alphas, unet=unet, adapter_name="xl")
+    found = unet.get_submodule(name)
+    torch.testing.assert_close(found.get_delta_weight("xl").detach(), layer.delta(), rtol=1e-5, atol=1e-5)
+    ours.load_lora_weights(tmp_path / "xl.safetensors")
+    merged = found.base_layer.weight.detach() + layer.delta()
+    torch.testing.assert_close(ours.unet.get_submodule(name).weight.detach(), merged, rtol=1e-5, atol=1e-5)
 
 
 def test_dora_of_peft_draws_the_same(tmp_path: Path) -> None:
