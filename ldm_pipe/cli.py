@@ -324,7 +324,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check = commands.add_parser("check", help="report bad, doubled, uncaptioned and odd pictures before training")
     _add_common(check)
-    check.add_argument("folder", help="with metadata.jsonl, captions in .txt files, or parquet; or one parquet file")
+    check.add_argument("folder", help="of pictures with captions, of parquet files or of tar shards; or one such file")
     check.add_argument("--split", default="train")
     check.add_argument("--image-column", default="image")
     check.add_argument("--caption-column", default="text")
