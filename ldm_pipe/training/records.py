@@ -95,7 +95,7 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """End the run."""
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 def _wandb_mode() -> Any:

@@ -89,7 +89,7 @@ class FakeRun:
     def log(self, values: dict[str, Any]) -> None:
         self.logged.append(values)
 
-    def finish(self, **_: Any) -> None:
+    def finish(self) -> None:
         self.open = False
 
 
