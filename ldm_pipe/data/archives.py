@@ -35,8 +35,14 @@ class _Entry:
 
 
 def find_archives(folder: Path, split: str) -> list[Path]:
-    """Return the shards of one split below a folder, sorted; unmarked ones are for training."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in ARCHIVE_SUFFIXES and path.name[0] != ".")
+    """Return the shards of one split below a folder, sorted; unmarked ones are for training.
+
+    There are none where pictures lie about: such a folder is one of pictures, an archive in it something else.
+    """
+    everything = [path for path in folder.rglob("*") if path.name[0] != "."]
+    if any(path.suffix.lower() in SUFFIXES for path in everything):
+        return []
+    files = sorted(path for path in everything if path.suffix in ARCHIVE_SUFFIXES)
     return [path for path in files if (split_of(path.relative_to(folder)) or "train") == split]
 
 

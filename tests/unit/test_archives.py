@@ -68,6 +68,13 @@ def test_shards_are_the_folder_they_were_packed_from(tmp_path: Path) -> None:
     assert load_records(tmp_path / "tars").fingerprint == load_records(zipped).fingerprint
 
 
+def test_an_archive_among_pictures_is_no_shard(tmp_path: Path) -> None:
+    write_zip(tmp_path / "backup.zip", rows(5, 9))
+    for name, data in rows(0, 2).items():
+        (tmp_path / Path(name).name).write_bytes(data)
+    assert load_records(tmp_path).captions == ["caption 0", "caption 1"]
+
+
 def test_json_members_are_columns_and_may_hold_several_captions(tmp_path: Path) -> None:
     facts = {"text": ["one", "two"], "licence": "ofl"}
     path = write_tar(
