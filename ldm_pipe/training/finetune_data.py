@@ -50,7 +50,8 @@ def open_instances(config: FinetuneConfig) -> Records:
     Raises: LdmPipeError naming what is missing: pictures, captions, columns.
     """
     column, most = config.data.caption_column if config.reads_captions else None, config.data.max_train_samples
-    records = open_records(config.data.model_copy(update={"caption_column": column, "max_train_samples": None}))
+    data = config.data.model_copy(update={"caption_column": column, "max_train_samples": None})
+    records = open_records(data, config.output_dir)
     if not len(records):
         raise LdmPipeError("no pictures are left", config.data.train_data_dir, str(records.report))
     if most is None or most >= len(records):
@@ -103,7 +104,9 @@ class Pictures:
     def moments(self, micro: Micro) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the normalised latents of a slice, (B, C, h, w) each."""
         autoencoder, batch = self.pipe.autoencoder, self._batch(micro)
-        raw = batch if isinstance(batch, LatentBatch) else autoencoder.encode_moments(batch.images.to(self.pipe.device))
+        raw = (
+            batch if isinstance(batch, LatentBatch) else autoencoder.encode_moments(batch.images.to(autoencoder.device))
+        )
         scale, shift = autoencoder.scaling_factor, autoencoder.shift_factor
         return (raw.mean.cpu() - shift) * scale, torch.exp(0.5 * raw.log_var.cpu()) * scale
 
@@ -115,10 +118,10 @@ class Pictures:
             assert isinstance(batch, ImageBatch)
             found |= self._texts(batch.captions, micro)
         if self.pipe.unet.spec.embedding.number_dim:
-            found["labels"] = batch.time_ids.float().to(self.pipe.device)
+            found["labels"] = batch.time_ids.float()
         if self.config.inpainting:
             assert isinstance(batch, ImageBatch)
-            masks = random_masks(self.config.seed, micro, batch.images.shape[2:]).to(self.pipe.device)
+            masks = random_masks(self.config.seed, micro, batch.images.shape[2:]).to(self.pipe.autoencoder.device)
             known = self.pipe.autoencoder.encode(batch.images.to(masks) * (masks < 0.5))
             found["spatial"] = torch.cat([F.interpolate(masks, size=known.shape[2:]), known], dim=1)
         return found

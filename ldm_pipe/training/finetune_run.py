@@ -47,14 +47,22 @@ def load_model(config: FinetuneConfig) -> LatentDiffusionPipeline:
 
 
 def draw_sheet(pipe: LatentDiffusionPipeline, config: FinetuneConfig, path: Path) -> None:
-    """Draw the validation prompts from fixed seeds: one row per prompt."""
+    """Draw the validation prompts from fixed seeds: one row per prompt.
+
+    Where the weights are sharded, the whole U-Net waits on the CPU, and the others join it there for the drawing.
+    """
     num, side = config.num_validation_images, config.data.resolution
     prompts = [prompt for prompt in config.validation_prompts for _ in range(num)]
     scale = {} if config.validation_guidance_scale is None else {"guidance_scale": config.validation_guidance_scale}
-    images = pipe(
-        prompts, seed=[i % num for i in range(len(prompts))], height=side, width=side,
-        num_inference_steps=config.validation_num_inference_steps, **scale,
-    ).images  # fmt: skip
+    homes = [(module, module.device) for module in (pipe.autoencoder, *pipe.text_encoders)]
+    try:
+        images = pipe.to(pipe.unet.device)(
+            prompts, seed=[i % num for i in range(len(prompts))], height=side, width=side,
+            num_inference_steps=config.validation_num_inference_steps, **scale,
+        ).images  # fmt: skip
+    finally:
+        for module, home in homes:
+            module.to(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     make_grid(images, columns=num if num > 1 else 8, labels=prompts).save(path)
 
