@@ -217,11 +217,21 @@ def picture_infos(
     for i in range(request.num_pictures):
         seed = None if request.seeds is None else request.seeds[i]
         settings = {**common, "Seed": seed, "Size": f"{request.width}x{request.height}", **further}
+        settings["Class"] = _class_number(request, i)
         settings["Second prompt"] = request.prompts_2[i] if request.prompts_2 else None
         settings["Second negative prompt"] = request.negatives_2[i] if request.negatives_2 else None
         told = {name: str(value) for name, value in settings.items() if value is not None}
         infos.append(PngInfo(request.prompts[i] if request.prompts else "", request.negatives[i], told))
     return infos
+
+
+def _class_number(request: Request, i: int) -> int | None:
+    """Return the class told beside the text of a picture, None for none."""
+    labels = [None if one is None else one.labels for one in (request.beside, request.beside_null)]
+    if labels[0] is None or labels[1] is None or labels[0].ndim != 1:
+        return None
+    own, null = (int(value[i]) for value in labels)
+    return None if own == null else own
 
 
 def _numbers(beside: Condition | None) -> str | None:

@@ -48,6 +48,13 @@ def test_a_class_steers_by_name_or_number(pipe: LatentDiffusionPipeline) -> None
     assert torch.equal(none, draw(pipe, class_labels=[None]))
 
 
+def test_the_file_of_a_picture_tells_the_class(pipe: LatentDiffusionPipeline) -> None:
+    call: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent", "seed": [0, 0]}
+    first, second = pipe(["red apple", "worm"], class_labels=["food", None], **call).infos
+    assert first.settings["Class"] == "1"
+    assert "Class" not in second.settings
+
+
 def test_a_class_per_prompt_beside_a_map(pipe: LatentDiffusionPipeline) -> None:
     maps = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     call: dict[str, Any] = {"num_images_per_prompt": 2, "deterministic_batch": True}
