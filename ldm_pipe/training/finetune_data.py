@@ -152,7 +152,7 @@ class Pictures:
 
 
 def cache_pictures(
-    pipe: LatentDiffusionPipeline, config: FinetuneConfig, records: Records, plan: ShapePlan
+    pipe: LatentDiffusionPipeline, config: FinetuneConfig, records: Records, plan: ShapePlan, order: Any
 ) -> Pictures:
     """Compute, or find, the latents of every picture; with `cache_latents` off they are encoded in each step.
 
@@ -160,7 +160,7 @@ def cache_pictures(
     """
     autoencoder, data = pipe.autoencoder, config.data
     if not config.cache_latents or config.inpainting:
-        return Pictures(pipe, ImageBatches(records, plan, data, config.seed), config)
+        return Pictures(pipe, ImageBatches(records, plan, data, config.seed, order), config)
     with tqdm(total=len(records), desc="latents") as bar:
         frames = LatentBatches.build(
             config.cache_dir, records, plan, autoencoder.encode_moments, data, config.seed,
@@ -202,7 +202,7 @@ class Inputs:
         num_rows: how many pictures; 0 for a stream.
         order: makes the data order of a global batch size.
         fingerprint: of the pictures and captions, to notice changed ones.
-        prior, num_prior: the pictures of the class, where it is preserved, and how many.
+        prior, prior_order: the pictures of the class, where it is preserved, and their order.
     """
 
     data: DiffusionData
@@ -210,7 +210,7 @@ class Inputs:
     order: Callable[[int], Any]
     fingerprint: str = ""
     prior: DiffusionData | None = None
-    num_prior: int = 0
+    prior_order: Any = None
 
 
 def make_inputs(
@@ -230,16 +230,17 @@ def make_inputs(
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * num_processes
     plans = [plan_shapes(part, config.data, global_batch) for part, _ in parts]
+    weights = drawing_weights(records, config.data)
+    orders = [plan.order(config.seed + i, None if i else weights) for i, plan in enumerate(plans)]
     found = []
-    for (part, variants), plan in zip(parts, plans, strict=True):
+    for (part, variants), plan, order in zip(parts, plans, orders, strict=True):
         check_shapes(pipe, plan)
-        pictures = cache_pictures(pipe, config, part, plan)
+        pictures = cache_pictures(pipe, config, part, plan, order(global_batch))
         texts = cache_texts(pipe, config, variants)
         found.append(DiffusionData(None, None, moments=pictures.moments, more=pictures.beside, **texts))
-    order = plans[0].order(config.seed, drawing_weights(records, config.data))
-    prior = found[1] if len(found) > 1 else None
-    num_prior = 0 if class_records is None else len(class_records)
-    return Inputs(found[0], len(records), order, f"{records.fingerprint} {encoders_hash(pipe)}", prior, num_prior)
+    fingerprint = f"{records.fingerprint} {encoders_hash(pipe)}"
+    prior = (found[1], orders[1](global_batch)) if len(found) > 1 else ()
+    return Inputs(found[0], len(records), orders[0], fingerprint, *prior)
 
 
 def encoders_hash(pipe: LatentDiffusionPipeline) -> str:
@@ -253,7 +254,8 @@ def stream_inputs(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> Inpu
     part = {"process_index": int(os.environ.get("RANK", "0")), "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
     column = config.data.caption_column if config.reads_captions else None
     data = config.data.model_copy(update={"caption_column": column})
-    pictures = Pictures(pipe, StreamBatches.open(data, config.seed, **part), config)
+    per_step = config.train_batch_size * config.gradient_accumulation_steps
+    pictures = Pictures(pipe, StreamBatches.open(data, config.seed, **part, per_step=per_step), config)
     nothing = cache_texts(pipe, config, [[""]])
     nothing["caption_rows"] = nothing["caption_rows"].expand(1 << 40, 1)  # the captions come with the pictures
     found = DiffusionData(None, None, moments=pictures.moments, more=pictures.beside, **nothing)
@@ -283,7 +285,7 @@ def finetune_loss(
 
     def loss(micro: Micro) -> tuple[Tensor, Logs]:
         value, logs = of_instances(micro)
-        rows = [(micro.step * global_batch + i) % inputs.num_prior for i in micro.positions]
+        rows = inputs.prior_order.batch_at(micro.step)[micro.positions.start : micro.positions.stop].tolist()
         places = range(micro.positions.start + global_batch, micro.positions.stop + global_batch)
         prior, _ = of_class(Micro(micro.step, rows, places))
         logs = {**logs, "instance_loss": float(value.detach()), "prior_loss": float(prior.detach())}
