@@ -121,7 +121,7 @@ class Placement:
     @contextlib.contextmanager
     def on_device(self, module: nn.Module) -> Iterator[None]:
         """Bring a network to the device for the time of its stage, where offloading is on (by accelerate's hook)."""
-        if self._offload is None:
+        if self._offload is None or next(module.parameters(), None) is None:  # or there is nothing to bring
             yield
             return
         from accelerate.hooks import CpuOffload

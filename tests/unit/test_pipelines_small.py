@@ -350,6 +350,16 @@ def test_the_command_draws_with_any_of_them(saved: Path, tmp_path: Path, capsys:
     assert "d.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("maker", [unconditional, latent])
+def test_offload_draws_the_same(maker: Callable[[], UnconditionalPipeline]) -> None:
+    """There is no GPU here: `cpu:0` stands for it."""
+    pytest.importorskip("accelerate")
+    pipe = maker()
+    plain = pipe(seed=1, **FEW).images
+    pipe._offload = torch.device("cpu", 0)
+    assert torch.equal(pipe(seed=1, **FEW).images, plain)
+
+
 def test_slicing_says_that_there_is_no_autoencoder() -> None:
     with pytest.warns(UserWarning, match="no autoencoder"):
         unconditional().enable_vae_slicing()
