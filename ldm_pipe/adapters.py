@@ -157,7 +157,10 @@ class Loras:
                 weight.copy_(plain)
                 continue
             first = plain.to(weight.device).float()
-            weight.copy_(first + torch.stack([changed(layer, first, scale) for scale, layer in active]).sum(0))
+            total = first
+            for scale, layer in active:
+                total = total + changed(layer, first, scale)
+            weight.copy_(total)
         for place in set(self._plain) - wanted:
             del self._plain[place]
 
