@@ -7,7 +7,7 @@ file knows no data and no loss.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conditioning import CLIPTextEncoder, Reading
 from conditioning.joined import join_all
 from ldm_pipe.interop.lora import networks_of, save_lora
 from ldm_pipe.interop.lora_layers import TrainableLora
@@ -136,6 +137,7 @@ def build_trained(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> Trai
             choose_parts(pipe.unet, config.train_parts)
             for encoder in running:
                 encoder.requires_grad_(True)
+                freeze_unread(encoder, encoder.named_parameters())
             return Trained(FinetuneNet(pipe.unet, running), pipe)
         case "lora":
             networks = networks_of(pipe)
@@ -145,12 +147,35 @@ def build_trained(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> Trai
                 {name: networks[name] for name in names}, rank=config.rank, alpha=config.lora_alpha, targets=targets,
                 generator=generator(config.seed, "init", "lora"),
             )  # fmt: skip
+            for (part, name), branch in zip(lora.places, lora.branches, strict=True):
+                if part != "unet":
+                    freeze_unread(networks[part], ((name, weight) for weight in branch.parameters()))
             return Trained(FinetuneNet(pipe.unet, running, lora), pipe, lora=lora)
         case "textual_inversion":
             assert config.placeholder_token is not None
             assert config.initializer_token is not None
             word = NewWord(encoders, config.placeholder_token, config.initializer_token, config.num_vectors)
             return Trained(FinetuneNet(pipe.unet, running, word), pipe, word=word)
+
+
+def freeze_unread(encoder: Any, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Freeze weights in layers behind the one that is read: SDXL's first encoder is read before its last layer.
+
+    They would get no gradient, which processes that train together wait for.
+
+    Args:
+        encoder: the text encoder.
+        weights: weights and the places in the encoder where they act.
+    """
+    reading: Reading = encoder.reading
+    if not isinstance(encoder, CLIPTextEncoder) or reading.pooled != "none":
+        return
+    depth = encoder.config.num_hidden_layers
+    unread = tuple(f"text_model.encoder.layers.{i}." for i in range(depth - reading.skip, depth))
+    unread += ("text_projection",) if reading.final_norm else ("text_projection", "text_model.final_layer_norm")
+    for name, weight in weights:
+        if name.startswith(unread):
+            weight.requires_grad_(False)
 
 
 def choose_parts(unet: nn.Module, parts: Sequence[str]) -> None:

@@ -211,7 +211,7 @@ def make_vq_folder(folder: Path) -> Path:
     return folder
 
 
-FAMILIES = [("sdxl", "lora-encoder"), ("sdxl", "word"), ("sd2", "full"), ("ldm", "lora-encoder")]
+FAMILIES = [("sdxl", "lora-encoder"), ("sdxl", "encoder"), ("sdxl", "word"), ("sd2", "full"), ("ldm", "lora-encoder")]
 
 
 @pytest.mark.parametrize(("family", "method"), FAMILIES)
@@ -220,6 +220,9 @@ def test_other_families_are_fine_tuned(family: str, method: str, tmp_path: Path)
     changes = {**METHODS[method], "pretrained_model_name_or_path": str(folder), "initializer_token": "a"}
     changes = changes if method == "word" else {**changes, "initializer_token": None}
     trainer, trained, _ = start(tmp_path, max_train_steps=2, data={"random_flip": True}, **changes)
+    trainer.parts[0].loss(Micro(0, [0, 1], range(2)))[0].backward()
+    learning = {name: weight for name, weight in trained.net.named_parameters() if weight.requires_grad}
+    assert [name for name, weight in learning.items() if weight.grad is None] == []  # or processes wait for each other
     trainer.fit()
     after = LatentDiffusionPipeline.from_pretrained(tmp_path / "run")
     assert len(after.text_encoders) == (2 if family == "sdxl" else 1)
