@@ -13,14 +13,14 @@ from urllib.parse import unquote
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
 
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.config import OptimConfig
 from ldm_pipe.training.environment import start_processes
-from ldm_pipe.training.loop import Trainer
+from ldm_pipe.training.loop import Micro, Part, Trainer
 from ldm_pipe.training.optim import make_optimizer
 from ldm_pipe.training.records import read_history
 from tests.training import assert_same_bits, make_config, make_trainer, run, whole_state
@@ -209,15 +209,31 @@ def test_what_this_machine_cannot_do_is_said_before_the_training(monkeypatch: py
 
 @pytest.mark.slow
 def test_torch_compile_trains_the_same_and_resumes(tmp_path: Path) -> None:
-    plain = whole_state(run(tmp_path / "plain"))
-    compiled = whole_state(run(tmp_path / "compiled", torch_compile=True))
-    assert plain.keys() == compiled.keys()
-    for name in plain:
-        if name.endswith((".exp_avg", ".step")):
-            torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-5)
+    """A small network: what compiles, and how long it takes, is torch's affair; names, steps and resuming are ours."""
+
+    def make(folder: Path, **changes: Any) -> Trainer:
+        config = make_config(folder, **changes)
+        net = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.linspace(-0.5, 0.5, p.numel()).reshape(p.shape))
+
+        def loss(micro: Micro) -> tuple[Tensor, dict[str, float]]:
+            x = torch.tensor(micro.indices, dtype=torch.float32)[:, None] * torch.arange(1.0, 5.0) / 40
+            return (part.module(x) - x).square().mean(), {}
+
+        part = Part("net", net, loss, config.optim, config.ema_decay)
+        return Trainer(config, [part], num_items=11)
+
+    plain, compiled = make(tmp_path / "plain"), make(tmp_path / "compiled", torch_compile=True)
+    for trainer in (plain, compiled):
+        trainer.fit()
+    for name, tensor in whole_state(plain).items():
+        torch.testing.assert_close(whole_state(compiled)[name], tensor, rtol=0, atol=1e-5)
     (tmp_path / "compiled" / "checkpoint-6").rename(tmp_path / "put-away")
-    resumed = run(tmp_path / "compiled", torch_compile=True, resume_from_checkpoint="latest")
-    assert_same_bits(whole_state(resumed), compiled)
+    resumed = make(tmp_path / "compiled", torch_compile=True, resume_from_checkpoint="latest")
+    resumed.fit()
+    assert_same_bits(whole_state(resumed), whole_state(compiled))
 
 
 # -- optimisers --------------------------------------------------------------------------------------------------
