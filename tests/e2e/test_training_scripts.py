@@ -176,7 +176,9 @@ def test_two_steps_of_each_stage_give_a_pipeline_that_draws(tmp_path: Path, draw
 
 
 @pytest.mark.slow
-def test_fault_6_sigterm_saves_and_exits_0_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path, drawings: Path) -> None:
+def test_fault_6_sigterm_saves_and_exits_0_and_the_run_ends_as_if_nothing_had_happened(
+    tmp_path: Path, drawings: Path
+) -> None:
     common = {"max_train_steps": 300, "checkpointing_steps": 1000, "cache_dir": str(tmp_path / "cache")}
     config = diffusion_config(tmp_path / "a", drawings, MODEL / "vae", **common)
     command = [sys.executable, "scripts/train_diffusion.py", "--config", str(config)]
