@@ -1,10 +1,12 @@
-"""Train a small CLIP on captioned drawings: BPE tokenizer, text encoder, image tower.
+"""Train a small CLIP on captioned pictures: BPE tokenizer, text encoder, image tower.
 
-What enters: a parquet file with images, names and keywords. What leaves: `tokenizer/`, `text_encoder/` (transformers'
+What enters: captioned pictures of any source (`--data.train_data_dir`), or the emoji's parquet file with names,
+keywords, concepts and marks of variants (`--train_file`). What leaves: `tokenizer/`, `text_encoder/` (transformers'
 CLIPTextModel format, for the pipeline), `text_encoder_with_projection/` and `image_tower/` (together a CLIP) in the
 output folder, and the retrieval accuracy on the training drawings.
 
     python scripts/train_clip.py --config configs/emoji/clip.yaml
+    python scripts/train_clip.py --output_dir runs/text --data.train_data_dir my_pictures --data.caption_column text
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,7 +31,8 @@ from conditioning.contrastive import ImageTower, contrastive_loss
 from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import StrictModel, dump_config, parse_config, run_script
+from ldm_pipe.training.config import DataConfig, StrictModel, dump_config, parse_config, run_script
+from ldm_pipe.training.pictures import open_records
 from ldm_pipe.training.rng import key_seed
 
 VARIANTS = ("is_skin_tone_variant", "is_gender_variant", "is_flag")
@@ -39,7 +42,8 @@ class ClipConfig(StrictModel):
     """One run of this script."""
 
     output_dir: str
-    train_file: str
+    train_file: str | None = Field(None, description="the emoji's parquet file; null: what `data` names")
+    data: DataConfig = DataConfig()
     resolution: int = Field(64, ge=16)
     vocab_size: int = Field(3000, ge=514)
     max_length: int = Field(32, ge=4, description="tokens per caption, start and end included")
@@ -70,8 +74,22 @@ class Drawings:
     plain: Tensor
 
 
+def load_pictures(config: DataConfig, resolution: int) -> Drawings:
+    """Read captioned pictures of any source; pictures of one caption, or of one concept where known, are alike."""
+    records = open_records(config)
+    images = np.empty((len(records), 3, resolution, resolution), dtype=np.uint8)
+    for row in tqdm(range(len(records)), desc="reading pictures", leave=False):
+        picture = ImageOps.fit(records.image(row), (resolution, resolution), Image.Resampling.BOX)
+        images[row] = np.asarray(picture).transpose(2, 0, 1)
+    kinds = records.captions if config.concept_column is None else records.column(config.concept_column)
+    concepts = torch.tensor(pd.factorize(pd.Series(kinds))[0])
+    keywords = [[str(word) for word in words] for words in records.keywords or [[]] * len(records)]
+    plain = torch.ones(len(records), dtype=torch.bool)
+    return Drawings(torch.from_numpy(images), list(records.captions), keywords, concepts, plain)
+
+
 def load_drawings(path: str, resolution: int) -> Drawings:
-    """Read the parquet file; pictures are scaled down by box averaging."""
+    """Read the emoji's parquet file; pictures are scaled down by box averaging."""
     table = pd.read_parquet(path, columns=["image", "name", "keywords", "concept", *VARIANTS])
     images = np.empty((len(table), 3, resolution, resolution), dtype=np.uint8)
     for row, cell in enumerate(tqdm(table["image"], desc="reading pictures", leave=False)):
@@ -203,7 +221,14 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(config.num_threads)
     start = time.perf_counter()
     torch.manual_seed(config.seed)
-    data = load_drawings(config.train_file, config.resolution)
+    data = (
+        load_pictures(config.data, config.resolution)
+        if config.train_file is None
+        else load_drawings(config.train_file, config.resolution)
+    )
+    if len(data.names) < config.train_batch_size:
+        what = f"{len(data.names)} pictures for batches of {config.train_batch_size}"
+        raise LdmPipeError(what, "train_batch_size", "A contrastive batch repeats no picture: use a smaller one.")
     corpus = data.names + [", ".join(words) for words in data.keywords]
     tokenizer, encoder, tower = build_models(config, corpus)
     train(config, data, tokenizer, encoder, tower)
@@ -214,7 +239,7 @@ def main(argv: list[str]) -> None:
     encoder.save_pretrained(out / "text_encoder_with_projection")
     tower.save_pretrained(out / "image_tower")
     minutes = (time.perf_counter() - start) / 60
-    line = f"name -> drawing over {int(data.plain.sum())} plain drawings: top1 {first:.3f}, top5 {five:.3f}"
+    line = f"caption -> picture over {int(data.plain.sum())} plain ones: top1 {first:.3f}, top5 {five:.3f}"
     atomic_write(out / "clip.yaml", dump_config(config) + f"# {line}, {minutes:.1f} minutes\n")
     print(f"{line}; {minutes:.1f} minutes; written to {out}")
 

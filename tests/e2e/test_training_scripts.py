@@ -22,6 +22,7 @@ from autoencoder import AutoencoderKL
 from conditioning import CLIPTextEncoder
 from conditioning.contrastive import ImageTower
 from ldm_pipe import LatentDiffusionPipeline
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.checkpoint import find_checkpoint, load_checkpoint
 from ldm_pipe.training.config import build_config, dump_config, read_yaml
 from tests.source import ROOT
@@ -258,13 +259,16 @@ def test_the_clip_config_of_the_project_builds() -> None:
     assert build_config(module.ClipConfig, yaml.safe_load(dump_config(config)), "again") == config
 
 
-def test_two_steps_of_clip_give_what_the_other_stages_load(tmp_path: Path, drawings: Path) -> None:
+@pytest.mark.parametrize("source", ["--train_file", "--data.train_data_dir"])
+def test_two_steps_of_clip_give_what_the_other_stages_load(tmp_path: Path, drawings: Path, source: str) -> None:
     module = load_script("train_clip")
     sizes = ["--hidden_size", "16", "--num_layers", "1", "--num_heads", "2", "--projection_dim", "8", "--channels", "8"]
     numbers = ["--vocab_size", "530", "--max_length", "8", "--train_batch_size", "4", "--max_train_steps", "2"]
-    files = ["--output_dir", str(tmp_path), "--train_file", str(drawings), "--resolution", "32", "--num_threads", "1"]
+    files = ["--output_dir", str(tmp_path), source, str(drawings), "--resolution", "32", "--num_threads", "1"]
     with torch.random.fork_rng():
         module.main([*files, *sizes, *numbers])
+        with pytest.raises(LdmPipeError, match="batches of 4000"):
+            module.main([*files, *sizes, *numbers, "--train_batch_size", "4000"])
     tokens = CLIPTextEncoder.from_pretrained(tmp_path).encode(["red apple"]).tokens
     assert tokens is not None
     assert tokens.shape == (1, 8, 16)
