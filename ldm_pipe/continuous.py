@@ -179,8 +179,8 @@ def check_law(law: Continuous) -> None:
     where = type(law).__name__
     check_choice(law, "prediction", get_args(Prediction))
     check_choice(law, "spacing", ("trailing", "linspace", *get_args(Ramp)))
-    if law.prediction == "mean" or (law.prediction == "edm" and not hasattr(law, "sigma_data")):
-        advice = 'the posterior mean needs a NoiseSchedule, "edm" the law EDM'
+    if law.prediction == "mean" or (law.prediction == "edm" and getattr(law, "sigma_data", None) is None):
+        advice = 'the posterior mean needs a NoiseSchedule, "edm" the law EDM, or VE with sigma_data'
         raise LdmPipeError(f"prediction {law.prediction!r}", where=where, how_to_fix=advice)
     if law.prediction in ("eps", "score") and float(law.alpha(law.t_range[1])) == 0:
         what = f"prediction {law.prediction} on a law that reaches alpha = 0: at pure noise it says nothing about x0"

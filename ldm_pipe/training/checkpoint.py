@@ -148,10 +148,12 @@ def verify_checkpoint(folder: Path) -> None:
         raise LdmPipeError(f"checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}", str(folder))
     for name, facts in manifest["files"].items():
         path = safe_child(folder, name, str(folder))
-        if not path.is_file():
-            raise LdmPipeError(f"{name} is missing", str(folder))
         facts = facts if isinstance(facts, dict) else {}
-        if path.stat().st_size != facts.get("bytes") or _sha256(path) != facts.get("sha256"):
+        try:
+            whole = path.stat().st_size == facts.get("bytes") and _sha256(path) == facts.get("sha256")
+        except OSError as error:  # never there, or pruned by the run that writes here while it was read
+            raise LdmPipeError(f"{name} is missing ({error.strerror})", str(folder)) from None
+        if not whole:
             raise LdmPipeError(f"{name} is damaged (size or sha256 differs from the manifest)", str(folder))
 
 
@@ -181,7 +183,8 @@ def find_checkpoint(run_folder: Path, which: str) -> Path | None:
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a verified checkpoint back: (groups, state)."""
     verify_checkpoint(folder)
-    groups = {p.name[: -len(".safetensors")]: load_tensors(p) for p in sorted(folder.glob("*.safetensors"))}
+    names = [name for name in read_json(folder / "manifest.json")["files"] if name.endswith(".safetensors")]
+    groups = {name[: -len(".safetensors")]: load_tensors(folder / name) for name in sorted(names)}
     return groups, read_json(folder / "state.json")
 
 

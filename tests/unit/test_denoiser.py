@@ -33,7 +33,17 @@ def test_a_perfect_network_gives_x0(prediction: Any, t: Tensor) -> None:
     assert torch.allclose(denoiser(q_sample(x0, eps, alpha, sigma), t).x0, x0, atol=1e-5)
 
 
-@pytest.mark.parametrize("law", [Flow(), VE(), VE(prediction="x0"), ContinuousVP(prediction="v"), EDM(sigma_data=0.7)])
+@pytest.mark.parametrize(
+    "law",
+    [
+        Flow(),
+        VE(),
+        VE(prediction="x0"),
+        VE(prediction="edm", sigma_data=0.7),
+        ContinuousVP(prediction="v"),
+        EDM(sigma_data=0.7),
+    ],
+)
 @pytest.mark.parametrize("place", [torch.tensor([0.1, 0.5, 0.9]), torch.tensor(0.5)])
 def test_a_perfect_network_gives_x0_on_continuous_laws(law: Law, place: Tensor) -> None:
     """The network is told the law's own time; EDM's is shown an input of unit variance."""

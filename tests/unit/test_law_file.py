@@ -21,6 +21,7 @@ LAWS = [
     NoiseSchedule(prediction="mean", num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
     ContinuousVP(kind="cosine", prediction="v"),
     VE(sigma_max=20.0, prediction="eps"),
+    VE(sigma_data=1.0, prediction="edm"),
     EDM(sigma_data=1.0, prediction="x0", noisy_end=("euler",)),
     Flow(prediction="v", ends=(1.0, 0.01)),
     Flow(resolution=ResolutionShift(max_shift=1.3)),

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_pipe import files
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.checkpoint import (
     RunLock,
@@ -219,42 +220,31 @@ def test_fault_4_a_full_disk_is_told_before_anything_is_written(
 
 def test_fault_4_a_disk_that_fills_in_the_middle_of_a_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    written = 0
-
-    def full_after(limit: int) -> Callable[..., Any]:
-        real = os.fdopen
-
-        def fdopen(*args: Any, **kwargs: Any) -> Any:
-            file = real(*args, **kwargs)
-            write = file.write
-
-            class Limited:
-                def __enter__(self) -> Limited:
-                    return self
-
-                def __exit__(self, *_: object) -> None:
-                    file.close()
-
-                def __getattr__(self, name: str) -> Any:
-                    return getattr(file, name)
-
-                def write(self, data: bytes) -> int:
-                    nonlocal written
-                    if written + len(data) > limit:
-                        write(data[: max(0, limit - written)])
-                        raise OSError(errno.ENOSPC, "No space left on device")
-                    written += len(data)
-                    return write(data)
-
-            return Limited()
-
-        return fdopen
-
     total = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
     for limit in range(0, total, total // 20):
-        written = 0
+        room = limit
+
+        def fill(path: Path) -> None:
+            """Keep as much of a file just written as there is room for."""
+            nonlocal room
+            size = path.stat().st_size
+            if size > room:
+                os.truncate(path, room)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            room -= size
+
+        def save_limited(tensors: Any, path: Any, metadata: Any, real: Callable[..., Any] = files.save_file) -> None:
+            real(tensors, path, metadata)
+            fill(Path(path))
+
+        def write_limited(path: Path, data: bytes, real: Callable[..., Any] = Path.write_bytes) -> int:
+            written = real(path, data)
+            fill(path)
+            return int(written)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "fdopen", full_after(limit))
+            patch.setattr(files, "save_file", save_limited)
+            patch.setattr(Path, "write_bytes", write_limited)
             with pytest.raises(LdmPipeError, match=r"No space left on device.*bytes are needed"):
                 save(tmp_path, 2)
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"], "nothing half-written stays"

@@ -24,6 +24,7 @@ from ldm_pipe.training.config import (
     read_yaml,
 )
 from ldm_pipe.training.diffusion import DiffusionConfig
+from ldm_pipe.training.finetune import FinetuneConfig
 from tests.source import ROOT
 
 YAMLS = sorted((ROOT / "configs").glob("*/*.yaml"))
@@ -158,6 +159,7 @@ def test_every_yaml_of_the_project_builds(path: Path) -> None:
         assert values["output_dir"]  # their models live in scripts, and are tested with them
     else:
         model: type[TrainConfig] = DiffusionConfig if "autoencoder" in values else AutoencoderConfig
+        model = FinetuneConfig if path.name.startswith("finetune-") else model
         config = build_config(model, values, str(path))
         assert build_config(model, yaml.safe_load(dump_config(config)), "again") == config
         header = path.read_text().split("\n\n")[0]
