@@ -59,9 +59,8 @@ class Steps:
         """Yield (t, alpha_t, sigma_t, alpha_s, sigma_s) for each step from level t to the cleaner level s."""
         next_alpha = self.alpha[1:] if self.next_alpha is None else self.next_alpha
         next_sigma = self.sigma[1:] if self.next_sigma is None else self.next_sigma
-        rows = zip(self.alpha.tolist(), self.sigma.tolist(), next_alpha.tolist(), next_sigma.tolist(), strict=False)
-        for t, (alpha_t, sigma_t, alpha_s, sigma_s) in zip(self.t, rows, strict=False):
-            yield t, alpha_t, sigma_t, alpha_s, sigma_s
+        levels = (vector.tolist() for vector in (self.alpha[:-1], self.sigma[:-1], next_alpha, next_sigma))
+        yield from zip(self.t[:-1], *levels, strict=True)
 
     def at(self, half_log_snr: float) -> tuple[Tensor, float, float]:
         """Return (t, alpha, sigma) where log(alpha / sigma) is half_log_snr, for solvers that look between the rows.

@@ -234,7 +234,7 @@ def vlb(
     estimates = (denoise(q_sample(x0, noise(x0.shape).to(x0), alpha_t, sigma_t), t) for t, alpha_t, sigma_t, *_ in rows)
     terms = [
         step_term(x0, estimate, back, back.small, variance)
-        for estimate, back in zip(itertools.islice(estimates, len(rows) - 1), backs, strict=False)
+        for estimate, back in zip(itertools.islice(estimates, len(rows) - 1), backs[:-1], strict=True)
     ]
     last = decoder_term(x0, next(estimates), backs[-1], small, variance, decoder)
     return Bound(prior_term(x0, steps), torch.stack(terms) if terms else x0.new_zeros(0, len(x0)), last.to(x0))

@@ -57,7 +57,7 @@ def plot(runs: list[Path], tag: str, window: int) -> bytes:
     )
     for axes in grid.flat[len(runs) :]:
         axes.set_visible(False)
-    for run, axes in zip(runs, grid.flat, strict=False):
+    for run, axes in zip(runs, grid.flat[: len(runs)], strict=True):
         steps, values = read_curve(run, tag)
         axes.plot(steps, values, color="C0", alpha=0.2, linewidth=0.7)
         axes.plot(steps, smoothed(values, window), color="C0", linewidth=1.5)

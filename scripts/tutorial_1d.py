@@ -137,7 +137,7 @@ def draw_line(denoiser: Denoiser, num_samples: int, seed: int) -> tuple[Tensor, 
     x = noise((num_samples, 1))
     path, mixes = [x], []
     samplers.ddpm(denoiser, x, rows, noise=noise, variance="learned", callback=lambda i, t, x, x0: path.append(x))
-    for x_t, t in zip(path, rows.t[:-1], strict=False):
+    for x_t, t in zip(path[:-1], rows.t[:-1], strict=True):
         mix = denoiser(x_t, t).var_mix
         assert mix is not None
         mixes.append(mix)

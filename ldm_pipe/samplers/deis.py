@@ -58,7 +58,7 @@ def deis(
         else:
             x = (alpha_s / alpha_t) * x
             weights = _weights([here - there for there, _ in past[:p]], half_log_snr(alpha_s, sigma_s) - here)
-            for weight, (_, e) in zip(weights, past, strict=False):
+            for weight, (_, e) in zip(weights, past[:p], strict=True):
                 x = x.add(e, alpha=alpha_s * sigma_t / alpha_t * weight)
         x = report(callback, i, t, x, x0)
     return x

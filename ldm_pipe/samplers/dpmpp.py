@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch import Tensor
@@ -116,7 +117,7 @@ def extrapolate(past: Past, end: float, *, rate: float = 1.0, curvature: float =
     if len(older) == 1:
         before, last_x0 = older[0]
         return last_x0.lerp(x0, 1 + 0.5 * h / (now - before))
-    slopes = [(a - b) / (at - before) for (at, a), (before, b) in zip(past, older, strict=False)]
+    slopes = [(a - b) / (at - before) for (at, a), (before, b) in itertools.pairwise(past)]
     last, first = older[0][0], older[1][0]
     second = (slopes[0] - slopes[1]) / (now - first)  # divided difference: half of x0''
     slope = slopes[0] + (now - last) * second

@@ -256,7 +256,7 @@ def test_every_prediction_becomes_the_same_x0_at_every_row(law: str) -> None:
         steps = LAWS[law].steps(number, spacing=spacing)
         for prediction in predictions(LAWS[law]):
             denoise = through(LAWS[law], prediction)
-            for t, alpha, sigma in zip(steps.t[:-1], steps.alpha, steps.sigma, strict=False):
+            for t, alpha, sigma, *_ in steps.pairs():
                 x_t = (alpha + sigma) * x
                 assert torch.allclose(denoise(x_t, t).x0, right(x_t, t).x0, rtol=1e-6, atol=1e-6), (prediction, t)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -40,7 +41,7 @@ def test_the_learning_rate_warms_up_decays_and_ends_with_the_last_step(warmup: i
     rates = [lr_at(step, config, warmup + more) for step in range(warmup + more + 1)]
     assert all(rates[i] == pytest.approx(0.5 * (i + 1) / warmup) for i in range(warmup))
     assert rates[warmup] == pytest.approx(0.5)
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[warmup:]))
     if kind == "constant":
         assert rates[-1] == 0.5
     else:
