@@ -71,14 +71,14 @@ def mask_to_bias(token_mask: Tensor, dtype: torch.dtype) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention; keys and values come from the tokens where `token_dim` is given, else from x itself."""
 
-    def __init__(self, dim: int, num_heads: int, token_dim: int | None, *, upcast: bool) -> None:
-        """Build four projections; the three inner ones carry no bias."""
+    def __init__(self, dim: int, num_heads: int, token_dim: int | None, *, upcast: bool, bias: bool = False) -> None:
+        """Build four projections; the three inner ones carry a bias in unCLIP's prior only."""
         super().__init__()
         self.num_heads, self.is_cross, self.upcast = num_heads, token_dim is not None, upcast
         self.attend: Attend = attend_sdpa
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(token_dim or dim, dim, bias=False)
-        self.to_v = nn.Linear(token_dim or dim, dim, bias=False)
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(token_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(token_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:

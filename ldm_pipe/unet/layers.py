@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_pipe.unet.convolution import Conv3x3, doubling_convolution, doubling_kernel
 from ldm_pipe.unet.kept import Kept
 
 
@@ -49,11 +50,11 @@ def sinusoid(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -
 class VectorEmbedding(nn.Module):
     """Linear, activation, linear: from a sinusoid or a pooled vector to the embedding that residual blocks read."""
 
-    def __init__(self, in_dim: int, out_dim: int, activation: str = "silu") -> None:
-        """Build two layers."""
+    def __init__(self, in_dim: int, out_dim: int, activation: str = "silu", *, hidden: int | None = None) -> None:
+        """Build two layers; `hidden` is the width between them, None that of the result."""
         super().__init__()
-        self.linear_1 = nn.Linear(in_dim, out_dim)
-        self.linear_2 = nn.Linear(out_dim, out_dim)
+        self.linear_1 = nn.Linear(in_dim, hidden or out_dim)
+        self.linear_2 = nn.Linear(hidden or out_dim, out_dim)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,10 +101,10 @@ class ResidualBlock(nn.Module):
         """Build the block; the sum is divided by `scale_factor`."""
         super().__init__()
         self.norm1 = GroupNorm(num_groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(num_groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.activation = ACTIVATIONS[activation]
         self.dropout, self.scale_factor, self.scale_shift = dropout, scale_factor, scale_shift
@@ -145,36 +146,20 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
-def doubling_kernel(weight: Tensor) -> Tensor:
-    """Join the repetition of every position to the 3x3 convolution after it.
-
-    Both together are one transposed convolution of stride 2 whose kernel is the full convolution of the 3x3 kernel with
-    ones(2, 2): 16 instead of 36 products per position and pair of channels, the same sums up to rounding.
-
-    Args:
-        weight: shape (O, I, 3, 3).
-    Returns: weight of `conv_transpose2d`, shape (I, O, 4, 4).
-    """
-    num_out, num_in = weight.shape[:2]
-    line = torch.eye(4, 3) + torch.eye(4, 3).roll(1, 0)  # repetition, then three taps, as four taps; turned below
-    full = torch.kron(line, line).flip(0).to(weight)  # (16, 9): rows and columns at once
-    taps = weight.permute(1, 2, 3, 0).reshape(num_in, 9, num_out)
-    return (full @ taps).reshape(num_in, 4, 4, num_out).permute(0, 3, 1, 2)  # channels last, without another copy
-
-
 class Upsample(nn.Module):
     """Repeat each position, then smooth by a convolution."""
 
     def __init__(self, channels: int) -> None:
         """Build the convolution."""
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int], kept: Kept | None = None) -> Tensor:
         """Map (B, C, h, w) to (B, C, *size), the size that was left on the way down."""
         doubled = size == (2 * x.shape[2], 2 * x.shape[3])
         plain = x.device.type == "cpu" and x.dtype == torch.float32 and not self.conv._forward_hooks
-        if kept is not None and kept.keep and doubled and plain:
-            weight = kept.once(self, lambda: doubling_kernel(self.conv.weight))
-            return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        worth = x.shape[2] * x.shape[3] >= 16  # below, reading the larger kernel costs more than the products saved
+        if kept is not None and kept.keep and doubled and plain and worth:
+            kernel = kept.once(self, lambda: doubling_kernel(self.conv.weight))
+            return doubling_convolution(x, kernel, self.conv.bias)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

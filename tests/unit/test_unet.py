@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.unet import UNet
+from ldm_pipe.unet import UNet, convolution
 from ldm_pipe.unet.attention import Attention
 from ldm_pipe.unet.config import read_config, write_config
 from ldm_pipe.unet.config_2d import read_config_2d, write_config_2d
-from ldm_pipe.unet.layers import Upsample, doubling_kernel
+from ldm_pipe.unet.convolution import Conv3x3, doubling_convolution, doubling_kernel
+from ldm_pipe.unet.layers import Upsample
 
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "data" / "full_size_configs.json").read_text())
 UNETS = sorted(name for name, entry in FULL_SIZE.items() if str(entry).find("'UNet2D") >= 0)
@@ -297,11 +298,22 @@ def test_what_is_kept_changes_nothing_and_is_computed_once(size: tuple[int, int]
     assert len(calls) == 3 * len(layers)  # once for what is kept, once in each of the two plain evaluations
 
 
-def test_doubling_and_convolving_are_one_transposed_convolution() -> None:
+def test_doubling_and_convolving_are_four_products() -> None:
     layer = Upsample(6).double()
     x = _numbers(1, 2, 6, 5, 4).double()
-    joint = F.conv_transpose2d(x, doubling_kernel(layer.conv.weight), layer.conv.bias, stride=2, padding=1)
+    joint = doubling_convolution(x, doubling_kernel(layer.conv.weight), layer.conv.bias)
     assert torch.allclose(joint, layer(x, (10, 8)), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)])
+def test_large_convolutions_are_one_product(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    monkeypatch.setattr(convolution, "LARGE", 1)
+    monkeypatch.setattr(convolution, "MAX_POSITIONS", 20)  # three pictures in three parts, two, and one
+    layer, x = Conv3x3(6, 8).to(memory_format=torch.channels_last), _numbers(1, 3, 6, *size)
+    wanted = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda *_: pytest.fail("not as a product"))
+    with torch.no_grad():
+        assert torch.allclose(layer(x), wanted, atol=1e-6)
 
 
 def test_nothing_is_kept_under_autograd() -> None:
