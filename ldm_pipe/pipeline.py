@@ -10,7 +10,6 @@ drawing.py.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from conditioning.label import LabelInput
 from conditioning.spatial import SpatialInput
 from ldm_pipe import drawing
 from ldm_pipe.adapters import Adapters
+from ldm_pipe.call import Call
 from ldm_pipe.editing import Editing
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.interop.pickles import without_pickles
@@ -35,11 +35,10 @@ from ldm_pipe.prompting import plan_prompts
 from ldm_pipe.request import Request, check_request
 from ldm_pipe.request_prompts import check_second, check_text
 from ldm_pipe.schedule import Law
-from ldm_pipe.scheduler_config import SchedulerConfig, defaults_of, law_of
 from ldm_pipe.unet import UNet
 
 
-class LatentDiffusionPipeline(Editing, Adapters, Placement):
+class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
     """Draw pictures from prompts with a latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
 
     The object is read-only during a call: several threads may draw from one pipeline at once.
@@ -70,18 +69,9 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
         zero_empty_prompt: bool = False,
     ) -> None:
         """Compose the parts; parts that do not belong together are refused."""
-        self.unet, self.autoencoder, self.schedule = unet, autoencoder, schedule
-        self.text_encoders = tuple(text_encoders)
-        self.defaults = defaults or Defaults()
-        self.name, self.model_hash = name, model_hash
+        super().__init__(unet, autoencoder, text_encoders, schedule, defaults, name)
+        self.model_hash = model_hash
         self.spatial, self.labels, self.zero_empty_prompt = spatial, labels, zero_empty_prompt
-        self._progress: dict[str, Any] = {}
-        self._offload: torch.device | None = None
-        self._offload_lock = threading.Lock()
-        self.num_interrupts = 0
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-        self.given_scheduler: Any = None
         check_fit(self.parts())
 
     @classmethod
@@ -168,51 +158,6 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement):
     def paints(self) -> bool:
         """Return whether the U-Net reads the known part of a picture, as inpainting models do."""
         return self.spatial is None and self.unet.config.in_channels == 2 * self.autoencoder.latent_channels + 1
-
-    # Which noise law and sampler
-
-    @property
-    def scheduler(self) -> Any:
-        """Return the scheduler that was set, else something whose `.config` is that of the model, in diffusers' words.
-
-        So `pipe.scheduler = X.from_config(pipe.scheduler.config)` works for any class X of `diffusers.schedulers`.
-        """
-        return self.given_scheduler or SchedulerConfig.of(self.schedule, self.defaults)
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        """Sample with a scheduler object of diffusers, and take over the noise law of its config."""
-        if isinstance(scheduler, SchedulerConfig):  # the model's own, put back
-            self.given_scheduler, self.schedule, self.defaults = None, scheduler.law, scheduler.defaults
-            return
-        self.schedule = law_of(scheduler, self.schedule)
-        self.given_scheduler, self.defaults = scheduler, defaults_of(scheduler, self.defaults)
-
-    # What a callback may look at and change
-
-    @property
-    def guidance_scale(self) -> float:
-        """Return the guidance scale of the call a callback belongs to."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Return the number of steps of the call a callback belongs to."""
-        return self._num_timesteps
-
-    @property
-    def _interrupt(self) -> bool:
-        return self.num_interrupts > 0
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        """Stop the calls under way (from a callback: its own call) after their present step; later calls are free."""
-        if value:
-            self.num_interrupts += 1
-
-    def begin_call(self, guidance_scale: float, num_timesteps: int) -> None:
-        """Set what a callback may look at; called on the copy of the pipeline that one call shows to its callback."""
-        self._guidance_scale, self._num_timesteps, self.num_interrupts = guidance_scale, num_timesteps, 0
 
     # Drawing
 

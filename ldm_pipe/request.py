@@ -6,7 +6,6 @@ questions, or one LdmPipeError that names argument, value and range. This file r
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,32 +15,26 @@ from torch import Tensor
 
 from conditioning import Condition
 from ldm_pipe.noise import Draw
-from ldm_pipe.outputs import (
-    MAX_PICTURES,
-    MAX_SIDE,
-    OUTPUT_TYPES,
-    FloatDefault,
-    IntDefault,
-    Thresholding,
-    one_of,
-    real_number,
-    warn_ignored,
-    whole_number,
-)
+from ldm_pipe.outputs import MAX_PICTURES, FloatDefault, Thresholding, real_number, warn_ignored, whole_number
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.prompting import PromptSyntax
 from ldm_pipe.request_beside import check_beside
 from ldm_pipe.request_pictures import check_latent_image, check_pictures
 from ldm_pipe.request_prompts import check_embeds, check_negatives, check_pooled, check_prompts, check_second
-from ldm_pipe.request_steps import Sampling, check_hand_over, check_sampling
+from ldm_pipe.request_shared import (
+    check_latents,
+    check_shared,
+    check_size,
+    model_default,
+    or_default,
+    repeat_rows,
+    spread,
+)
+from ldm_pipe.request_steps import Sampling, check_hand_over
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
-
-MAX_SEED = 2**63 - 1
-MAX_PIXELS = 2**32  # of one call
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     Raises: LdmPipeError naming argument, value and range.
     """
     prompts, num_prompts = check_prompts(given["prompt"], given["prompt_embeds"])
-    per_prompt = whole_number("num_images_per_prompt", _default(given["num_images_per_prompt"], 1), 1, MAX_PICTURES)
+    per_prompt = whole_number("num_images_per_prompt", or_default(given["num_images_per_prompt"], 1), 1, MAX_PICTURES)
     count = num_prompts * per_prompt
     whole_number("the number of pictures", count, 1, MAX_PICTURES)
     scale, rescale = _check_guidance(pipe, given)
@@ -142,36 +135,22 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     given, z0 = check_latent_image(pipe, given, count, num_prompts, handed_over=begin is not None)
     image, mask, strength = check_pictures(pipe, given, count, num_prompts, z0)
     height, width = _check_size(pipe, given, image if z0 is None else None, given["latents"] if z0 is None else z0)
-    whole_number("pictures x height x width", count * height * width, 1, MAX_PIXELS)
-    num_steps = _model_default(given["num_inference_steps"], pipe.defaults.num_inference_steps)
-    sampling = check_sampling(pipe, given, num_steps, (height // pipe.factor) * (width // pipe.factor))
-    seeds, generators = _check_randomness(given["seed"], given["generator"], count)
+    shared = check_shared(pipe, given, count, (height, width))
     beside, beside_null = check_beside(pipe, given, count, num_prompts, (height, width))
     return Request(
         **texts,
+        **shared,
         beside=beside,
         beside_null=beside_null,
-        z0=_check_latents(pipe, z0, count, height, width, "image"),
+        z0=check_latents(pipe, z0, count, (height, width), "image"),
         begin=begin,
         end=end,
-        num_pictures=count,
-        height=height,
-        width=width,
-        sampling=sampling,
         guidance_scale=scale,
         guidance_rescale=rescale,
-        thresholding=_check_thresholding(pipe, given["thresholding"], sampling),
-        seeds=seeds,
-        generators=generators,
-        latents=_check_latents(pipe, given["latents"], count, height, width),
+        thresholding=_check_thresholding(pipe, given["thresholding"], shared["sampling"]),
         image=image,
         mask=mask,
         strength=strength,
-        clip_skip=None if given["clip_skip"] is None else whole_number("clip_skip", given["clip_skip"], 0, 100),
-        output_type=one_of("output_type", _default(given["output_type"], "pil"), OUTPUT_TYPES),
-        return_latents=bool(given["return_latents"]),
-        callback=_check_callback(given["callback_on_step_end"]),
-        callback_inputs=_check_callback_inputs(given["callback_on_step_end_tensor_inputs"]),
     )
 
 
@@ -198,52 +177,28 @@ def _check_texts(
     unsaid = all(given[name] is None for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_embeds"))
     return {
         "syntax": syntax,
-        "prompts": _spread(prompts, per_prompt),
-        "negatives": _spread(negatives, per_prompt),
-        "prompts_2": _spread(second[0], per_prompt),
-        "negatives_2": _spread(second[1], per_prompt),
-        "prompt_embeds": _repeat_rows(embeds[0], per_prompt),
-        "negative_embeds": _repeat_rows(embeds[1], per_prompt),
-        "pooled_embeds": _repeat_rows(pooled[0], per_prompt),
-        "negative_pooled": _repeat_rows(pooled[1], per_prompt),
+        "prompts": spread(prompts, per_prompt),
+        "negatives": spread(negatives, per_prompt),
+        "prompts_2": spread(second[0], per_prompt),
+        "negatives_2": spread(second[1], per_prompt),
+        "prompt_embeds": repeat_rows(embeds[0], per_prompt),
+        "negative_embeds": repeat_rows(embeds[1], per_prompt),
+        "pooled_embeds": repeat_rows(pooled[0], per_prompt),
+        "negative_pooled": repeat_rows(pooled[1], per_prompt),
         "zero_null": pipe.zero_empty_prompt and unsaid,
     }
 
 
-def _default(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _model_default(value: Any, default: Any) -> Any:
-    """Replace the signature's default, recognised by its type, with the model's own."""
-    untouched = value is None or isinstance(value, (IntDefault, FloatDefault))
-    return default if untouched and default is not None else value
-
-
-def _spread(texts: tuple[str, ...] | None, times: int) -> Any:
-    return None if texts is None else tuple(text for text in texts for _ in range(times))
-
-
-def _repeat_rows(rows: Tensor | None, times: int) -> Tensor | None:
-    return None if rows is None else rows.repeat_interleave(times, dim=0)
-
-
 def _check_guidance(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> tuple[float, float]:
-    scale = _model_default(given["guidance_scale"], pipe.defaults.guidance_scale)
+    scale = model_default(given["guidance_scale"], pipe.defaults.guidance_scale)
     scale = real_number("guidance_scale", scale, 0.0, 1000.0)
-    rescale = _model_default(given["guidance_rescale"], pipe.defaults.guidance_rescale)
+    rescale = model_default(given["guidance_rescale"], pipe.defaults.guidance_rescale)
     rescale = real_number("guidance_rescale", rescale, 0.0, 1.0)
     if 0 < scale < 1:
         warn_ignored(f"guidance_scale {scale:g}", "up to 1 there is no guidance, as in diffusers")
     if rescale > 0 and scale <= 1 and not isinstance(given["guidance_rescale"], FloatDefault):
         warn_ignored("guidance_rescale", "it needs a guidance_scale above 1")
     return scale, rescale
-
-
-def nearest_sizes(size: int, factor: int) -> str:
-    """Name the allowed sizes around one that is not."""
-    low = size // factor * factor
-    return f"{low} or {low + factor}" if low else str(factor)
 
 
 def _check_size(
@@ -257,28 +212,7 @@ def _check_size(
         inherited = (latents.shape[2] * factor, latents.shape[3] * factor)
     else:
         inherited = pipe.default_size
-    sides = []
-    for name, value in zip(("height", "width"), inherited, strict=True):
-        side = whole_number(name, _default(given[name], value), 1, MAX_SIDE)
-        if side % factor:
-            advice = f"use {nearest_sizes(side, factor)}: sides must be multiples of {factor}"
-            raise LdmPipeError(f"{name} is {side}", how_to_fix=advice)
-        sides.append(side)
-    return sides[0], sides[1]
-
-
-def _check_latents(
-    pipe: LatentDiffusionPipeline, latents: Any, count: int, height: int, width: int, name: str = "latents"
-) -> Tensor | None:
-    if latents is None:
-        return None
-    wanted = (count, pipe.autoencoder.latent_channels, height // pipe.factor, width // pipe.factor)
-    if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != wanted:
-        shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        raise LdmPipeError(f"{name} is {shape}", how_to_fix=f"give a float tensor {wanted}")
-    if not bool(torch.isfinite(latents).all()):
-        raise LdmPipeError(f"{name} holds NaN or infinity", how_to_fix="give finite numbers")
-    return latents
+    return check_size(given, inherited, factor)
 
 
 def _check_thresholding(pipe: LatentDiffusionPipeline, given: Any, sampling: Sampling) -> Thresholding:
@@ -288,43 +222,3 @@ def _check_thresholding(pipe: LatentDiffusionPipeline, given: Any, sampling: Sam
     if given is None and isinstance(sampling.run, SchedulerSampler):
         return Thresholding()  # a scheduler of diffusers does by itself what its config says
     return Thresholding.read(Thresholding.of_scheduler(pipe.schedule.config) if given is None else given)
-
-
-def _check_randomness(
-    seed: Any, generator: Any, count: int
-) -> tuple[tuple[int, ...] | None, tuple[torch.Generator, ...] | torch.Generator | None]:
-    """Settle one seed per picture; without any, draw one and tell it, so that the picture can be had again."""
-    if generator is not None:
-        if seed is not None:
-            raise LdmPipeError("both of seed and generator given", how_to_fix="give one of them")
-        if isinstance(generator, torch.Generator):
-            return None, generator
-        generators = tuple(generator) if isinstance(generator, (list, tuple)) else ()
-        if len(generators) != count or not all(isinstance(g, torch.Generator) for g in generators):
-            raise LdmPipeError(
-                f"generator is {generator!r:.80}",
-                how_to_fix=f"give a torch.Generator, or a list of {count} for {count} pictures",
-            )
-        return None, generators
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if isinstance(seed, (list, tuple)):
-        if len(seed) != count:
-            raise LdmPipeError(f"{len(seed)} seeds for {count} pictures", how_to_fix="give one number, or one for each")
-        return tuple(whole_number(f"seed {i}", s, 0, MAX_SEED) for i, s in enumerate(seed)), None
-    first = whole_number("seed", seed, 0, MAX_SEED - count)
-    return tuple(range(first, first + count)), None
-
-
-def _check_callback(callback: Any) -> Callable[..., Any] | None:
-    if callback is not None and not callable(callback):
-        raise LdmPipeError(
-            "callback_on_step_end cannot be called", how_to_fix="give a function (pipe, i, t, tensors) -> tensors"
-        )
-    return callback
-
-
-def _check_callback_inputs(names: Any) -> tuple[str, ...]:
-    if not isinstance(names, (list, tuple)):
-        raise LdmPipeError(f"callback_on_step_end_tensor_inputs is {names!r:.80}", how_to_fix="give a list of names")
-    return tuple(one_of("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS) for name in names)

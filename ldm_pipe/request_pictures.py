@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm_pipe.outputs import MAX_SIDE, real_number, warn_ignored, whole_number
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.request_shared import or_default
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
@@ -55,7 +56,7 @@ def check_pictures(
     from ldm_pipe.pixels import load_images, load_masks
 
     inpainting = given["mask_image"] is not None
-    strength = real_number("strength", _or(given["strength"], 1.0 if inpainting else 0.8), 0.0, 1.0)
+    strength = real_number("strength", or_default(given["strength"], 1.0 if inpainting else 0.8), 0.0, 1.0)
     if not inpainting and pipe.paints:
         what = f"the U-Net takes {pipe.unet.config.in_channels} channels: it paints into pictures"
         raise LdmPipeError(what, how_to_fix="give image and mask_image")
@@ -69,8 +70,8 @@ def check_pictures(
     if given["height"] is not None or given["width"] is not None:
         default = pipe.default_size
         size = (
-            whole_number("height", _or(given["height"], default[0]), 1, MAX_SIDE),
-            whole_number("width", _or(given["width"], default[1]), 1, MAX_SIDE),
+            whole_number("height", or_default(given["height"], default[0]), 1, MAX_SIDE),
+            whole_number("width", or_default(given["width"], default[1]), 1, MAX_SIDE),
         )
     image = _repeat("image", load_images(given["image"], size), count, num_prompts)
     if given["latents"] is not None and not inpainting:
@@ -94,7 +95,3 @@ def _repeat(name: str, batch: Tensor, count: int, num_prompts: int) -> Tensor:
         what = f"{batch.shape[0]} pictures in {name} for {num_prompts} prompts"
         raise LdmPipeError(what, how_to_fix="give one for all, or one for each")
     return batch.repeat_interleave(count // batch.shape[0], dim=0)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

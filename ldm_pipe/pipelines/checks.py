@@ -13,31 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_pipe.outputs import (
-    MAX_PICTURES,
-    MAX_SIDE,
-    OUTPUT_TYPES,
-    FloatDefault,
-    IntDefault,
-    Thresholding,
-    one_of,
-    real_number,
-    whole_number,
-)
+from ldm_pipe.outputs import MAX_PICTURES, Thresholding, real_number, whole_number
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.pixels import load_images
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.request import (
-    MAX_PIXELS,
-    Request,
-    _check_callback,
-    _check_callback_inputs,
-    _check_latents,
-    _check_randomness,
-    nearest_sizes,
-)
+from ldm_pipe.request import Request
 from ldm_pipe.request_prompts import check_embeds, check_negatives, check_prompts
-from ldm_pipe.request_steps import check_sampling
+from ldm_pipe.request_shared import check_shared, check_size, model_default, or_default, repeat_rows, spread
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler
 from ldm_pipe.schedule_keys import KEYS
 
@@ -82,26 +64,16 @@ def check_texts(pipe: Any, given: Mapping[str, Any]) -> Texts:
     prompts, num_prompts = check_prompts(given["prompt"], given["prompt_embeds"])
     if prompts is not None and not pipe.text_encoders:
         raise LdmPipeError("this model has no text encoder", how_to_fix="give prompt_embeds")
-    each = 1 if given["num_images_per_prompt"] is None else given["num_images_per_prompt"]
-    each = whole_number("num_images_per_prompt", each, 1, MAX_PICTURES)
+    each = whole_number("num_images_per_prompt", or_default(given["num_images_per_prompt"], 1), 1, MAX_PICTURES)
     count = whole_number("the number of pictures", num_prompts * each, 1, MAX_PICTURES)
     negatives = check_negatives(given, num_prompts, guided=scale > 1)
-    embeds = [
-        None if rows is None else rows.repeat_interleave(each, dim=0)
-        for rows in check_embeds(pipe, given, num_prompts, scale > 1)
-    ]
-
-    def spread(texts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(text for text in texts for _ in range(each))
-
-    return Texts(None if prompts is None else spread(prompts), spread(negatives), *embeds, count, scale)
+    tokens, null = (repeat_rows(rows, each) for rows in check_embeds(pipe, given, num_prompts, scale > 1))
+    return Texts(spread(prompts, each), spread(negatives, each), tokens, null, count, scale)
 
 
 def check_scale(pipe: Any, given: Mapping[str, Any]) -> float:
     """Settle the guidance scale: as given, else the model's."""
-    scale = given["guidance_scale"]
-    if (scale is None or isinstance(scale, FloatDefault)) and pipe.defaults.guidance_scale is not None:
-        scale = pipe.defaults.guidance_scale
+    scale = model_default(given["guidance_scale"], pipe.defaults.guidance_scale)
     return real_number("guidance_scale", scale, 0.0, 1000.0)
 
 
@@ -135,9 +107,7 @@ def fit_small(
     Returns: the pictures (B, 3, h, w), and the height and width of the result.
     """
     if isinstance(pipe.autoencoder, PixelSpace):
-        sides = zip(("height", "width"), pipe.default_size, strict=True)
-        height, width = (check_side(name, given[name], side, 1) for name, side in sides)
-        size = (height, width)
+        size = check_size(given, pipe.default_size, 1)
         return nn.functional.interpolate(small, size, mode="bilinear", align_corners=align_corners), size
     size = (small.shape[2] * pipe.factor, small.shape[3] * pipe.factor)
     if given["height"] not in (None, size[0]) or given["width"] not in (None, size[1]):
@@ -164,15 +134,6 @@ def check_labels(labels: Any, count: int, num_classes: int, name: str = "class_l
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def check_side(name: str, value: Any, default: int, factor: int) -> int:
-    """Settle one side of the pictures."""
-    side = whole_number(name, default if value is None else value, 1, MAX_SIDE)
-    if side % factor:
-        advice = f"use {nearest_sizes(side, factor)}: sides must be multiples of {factor}"
-        raise LdmPipeError(f"{name} is {side}", how_to_fix=advice)
-    return side
-
-
 def check_call(pipe: Any, given: Mapping[str, Any], texts: Texts, size: tuple[int, int]) -> Request:
     """Settle everything that is not particular to one pipeline.
 
@@ -182,40 +143,24 @@ def check_call(pipe: Any, given: Mapping[str, Any], texts: Texts, size: tuple[in
         size: height and width, in pixels.
     Raises: LdmPipeError naming argument, value and range, before any work.
     """
-    given, (height, width), count = {**NEUTRAL, **given}, size, texts.num_pictures
-    whole_number("pictures x height x width", count * height * width, 1, MAX_PIXELS)
-    asked, num_steps = given["num_inference_steps"], pipe.defaults.num_inference_steps
-    if num_steps is None or not (asked is None or isinstance(asked, IntDefault)):
-        num_steps = asked
-    sampling = check_sampling(pipe, given, num_steps, (height // pipe.factor) * (width // pipe.factor))
-    seeds, generators = _check_randomness(given["seed"], given["generator"], count)
-    output_type = "pil" if given["output_type"] is None else given["output_type"]
+    given = {**NEUTRAL, **given}
+    shared = check_shared(pipe, given, texts.num_pictures, size)
+    sampling = shared["sampling"]
     rule = _thresholding(pipe, given["thresholding"], foreign=isinstance(sampling.run, SchedulerSampler))
     if sampling.name == "ddim" and rule.kind != "none" and given["thresholding"] is None:
-        sampling = replace(sampling, options={"keep_eps": True, **sampling.options})  # as diffusers does
+        shared["sampling"] = replace(sampling, options={"keep_eps": True, **sampling.options})  # as diffusers does
     return Request(
+        **shared,
         prompts=texts.prompts,
         negatives=texts.negatives,
         prompt_embeds=texts.prompt_embeds,
         negative_embeds=texts.negative_embeds,
-        num_pictures=count,
-        height=height,
-        width=width,
-        sampling=sampling,
         guidance_scale=texts.guidance_scale,
         guidance_rescale=0.0,
         thresholding=rule,
-        seeds=seeds,
-        generators=generators,
-        latents=_check_latents(pipe, given["latents"], count, height, width),
         image=None,
         mask=None,
         strength=1.0,
-        clip_skip=given["clip_skip"],
-        output_type=one_of("output_type", output_type, OUTPUT_TYPES),
-        return_latents=bool(given["return_latents"]),
-        callback=_check_callback(given["callback_on_step_end"]),
-        callback_inputs=_check_callback_inputs(given["callback_on_step_end_tensor_inputs"]),
     )
 
 

@@ -17,13 +17,15 @@ from torch import Tensor
 from conditioning import AnyTextEncoder
 from ldm_pipe import drawing
 from ldm_pipe.adapters import Adapters
+from ldm_pipe.call import Call
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, draw_pictures, first_noise
-from ldm_pipe.pipelines.checks import check_call, check_side, check_texts
+from ldm_pipe.pipelines.calls import draw_pictures, first_noise
+from ldm_pipe.pipelines.checks import check_call, check_texts
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.request_shared import check_size
 from ldm_pipe.schedule import Law
 from ldm_pipe.unet import UNet
 
@@ -131,9 +133,7 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
         Raises: LdmPipeError naming argument, value and range, before any work.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
-        sides = zip(("height", "width"), self.default_size, strict=True)
-        rows, columns = (check_side(name, given[name], side, 1) for name, side in sides)
-        request = check_call(self, given, check_texts(self, given), (rows, columns))
+        request = check_call(self, given, check_texts(self, given), check_size(given, self.default_size, 1))
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
             cond, uncond = drawing.encode_prompts(self, request)  # type: ignore[arg-type]

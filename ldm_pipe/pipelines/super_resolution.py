@@ -17,9 +17,10 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from conditioning import Condition
 from ldm_pipe import drawing
+from ldm_pipe.call import Call
 from ldm_pipe.outputs import Defaults, IntDefault, LatentDiffusionOutput
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, draw_pictures, first_noise
+from ldm_pipe.pipelines.calls import draw_pictures, first_noise
 from ldm_pipe.pipelines.checks import check_call, check_labels, check_small, fit_small, no_texts
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.pipelines.upscale import with_scale

@@ -20,15 +20,17 @@ from torch import Tensor
 from autoencoder import Autoencoder
 from conditioning import Condition
 from ldm_pipe import drawing, guidance
+from ldm_pipe.call import Call
 from ldm_pipe.guidance.classifier import Classifier
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, real_number
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, Wrap, draw_pictures, first_noise, with_wrapped
-from ldm_pipe.pipelines.checks import check_call, check_labels, check_scale, check_side, no_texts
+from ldm_pipe.pipelines.calls import Wrap, draw_pictures, first_noise, with_wrapped
+from ldm_pipe.pipelines.checks import check_call, check_labels, check_scale, no_texts
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import Request
+from ldm_pipe.request_shared import check_size
 from ldm_pipe.schedule import Law
 from ldm_pipe.unet import UNet
 
@@ -157,13 +159,10 @@ class UnconditionalPipeline(Placement, Call):
         """
         given = {name: value for name, value in locals().items() if name != "self"}
         cond, uncond, count = self._conditions(given)
-        sides = zip(("height", "width"), self.default_size, strict=True)
-        rows, columns = (check_side(name, given[name], side, self.factor) for name, side in sides)
-        request = check_call(self, given, no_texts(count, check_scale(self, given)), (rows, columns))
+        size = check_size(given, self.default_size, self.factor)
+        request = check_call(self, given, no_texts(count, check_scale(self, given)), size)
         if classifier is not None:
-            labels = check_labels(class_labels, count, self.num_classes, "class_labels (for the classifier)").to(
-                self.device
-            )
+            labels = check_labels(class_labels, count, self.num_classes, "class_labels (for the classifier)")
             scale = real_number("classifier_scale", classifier_scale, 0.0, 1000.0)
             request = with_wrapped(request, self._steer(request, classifier, labels.to(self.device), scale))
         with self.one_at_a_time():

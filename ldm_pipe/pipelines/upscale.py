@@ -20,10 +20,11 @@ from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
 from ldm_pipe import drawing
 from ldm_pipe.adapters import Adapters
+from ldm_pipe.call import Call
 from ldm_pipe.noise import Draw
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, whole_number
 from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Call, draw_pictures, first_noise
+from ldm_pipe.pipelines.calls import draw_pictures, first_noise
 from ldm_pipe.pipelines.checks import check_call, check_small, check_texts, fit_small
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.placement import Placement

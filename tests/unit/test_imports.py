@@ -17,6 +17,7 @@ CORE: dict[str, set[str]] = {
     "files": set(),
     "pretrained": {"files"},
     "png_info": set(),
+    "figures": set(),
     "unet": set(),
     "betas": set(),
     "spacing": set(),
@@ -44,7 +45,7 @@ CORE: dict[str, set[str]] = {
 MEETING = {
     "ldm_pipe", "pipeline", "prompting", "drawing", "request", "request_prompts", "stepping", "golden", "outputs",
     "pixels", "interop", "training", "metrics", "commands", "cli", "editing", "placement", "request_steps",
-    "scheduler_config", "adapters", "pipelines", "request_beside", "request_pictures",
+    "scheduler_config", "adapters", "pipelines", "call", "request_beside", "request_pictures", "request_shared",
 }  # fmt: skip
 # Costly to import, or not installed with the runtime: never when a module of ours is imported.
 HEAVY = {
