@@ -25,9 +25,11 @@ from tqdm import tqdm
 
 from ldm_pipe import samplers
 from ldm_pipe.denoiser import Denoised
+from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.laws import EDM
 from ldm_pipe.mixture import GaussianMixture
 from ldm_pipe.noise import Noise
+from ldm_pipe.pretrained import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXTURE = GaussianMixture([[-1.2], [0.2], [1.3]], [0.25, 0.35, 0.15], [3, 4, 2])
@@ -150,12 +152,7 @@ def label_ends(axes: Any, curves: Sequence[Curve], gap: float) -> None:
 
 def plot(curves: Sequence[Curve], lowest: float, path: Path) -> None:
     """Draw both panels."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13.5, 6.2))
+    figure, (left, right) = subplots(1, 2, figsize=(13.5, 6.2))
     left.set_title("Deterministic: distance from the exact flow", loc="left", fontsize=11)
     left.set_ylabel("root mean square error of a trajectory")
     numbers = torch.tensor([8.5, 26.0])
@@ -181,7 +178,7 @@ def plot(curves: Sequence[Curve], lowest: float, path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(w_pad=8)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    atomic_write(path, figure_png(figure, dpi=110, bbox_inches="tight"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,6 +24,7 @@ import torch
 from autoencoder import load_autoencoder
 from ldm_pipe.data.dataset import load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
+from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.training.config import run_script
 from scripts.plot_training import read_curve, smoothed
@@ -73,28 +74,19 @@ def table(runs: list[Path], evaluation: Path) -> list[str]:
 
 def plot_curves(runs: list[Path]) -> bytes:
     """Draw one panel per quantity with a line for every run that logged it, and return the PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4), layout="constrained")
-    colours = pyplot.get_cmap("tab10")
+    figure, panels = subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4), layout="constrained")
     for axes, (tag, title) in zip(panels, PANELS.items(), strict=True):
         for number, run in enumerate(runs):
             try:
                 steps, values = read_curve(run, tag)
             except LdmPipeError:
                 continue  # a run without this part of the objective
-            axes.plot(steps, smoothed(values, WINDOW), color=colours(number), linewidth=1.2, label=run.name)
+            axes.plot(steps, smoothed(values, WINDOW), color=f"C{number}", linewidth=1.2, label=run.name)
         axes.set(title=title, xlabel="step", yscale="log")
         axes.grid(alpha=0.3, which="both")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return figure_png(figure, dpi=100)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ What enters: a model folder. What leaves: a plot and a JSON file of the shares o
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import LatentDiffusionPipeline
+from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import atomic_write
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -57,22 +57,14 @@ def measure(pipe: LatentDiffusionPipeline, args: argparse.Namespace) -> dict[str
 
 def plot(found: dict[str, list[list[float]]], path: Path) -> None:
     """Draw one line per emphasis, the mean of all prompts, and thin ones for the prompts."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    figure, axes = subplots(figsize=(5, 3.5))
     for emphasis, rows in found.items():
         shares = torch.tensor(rows)  # (W, P)
         (line,) = axes.plot(WEIGHTS, shares.mean(dim=1), marker="o", label=emphasis)
         axes.plot(WEIGHTS, shares, color=line.get_color(), alpha=0.25, linewidth=1)
     axes.set(xlabel='weight of "red"', ylabel="share of red pixels", ylim=(0, 1))
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, figure_png(figure, dpi=130, bbox_inches="tight"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

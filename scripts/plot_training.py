@@ -9,10 +9,10 @@ losses of different objectives are not comparable; the axis of the steps is shar
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
+from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.training.config import run_script
 from ldm_pipe.training.summary import smoothed
@@ -45,14 +45,9 @@ def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
 
 def plot(runs: list[Path], tag: str, window: int) -> bytes:
     """Draw one panel per run, the raw values pale behind their running mean, and return the PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(3, len(runs))
     lines = -(-len(runs) // columns)
-    figure, grid = pyplot.subplots(
+    figure, grid = subplots(
         lines, columns, figsize=(3.6 * columns, 2.4 * lines), sharex=True, squeeze=False, layout="constrained"
     )
     for axes in grid.flat[len(runs) :]:
@@ -66,10 +61,7 @@ def plot(runs: list[Path], tag: str, window: int) -> bytes:
         axes.grid(alpha=0.3, which="both")
     figure.supxlabel("step", fontsize=9)
     figure.supylabel(tag, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return figure_png(figure, dpi=120)
 
 
 def main(argv: list[str]) -> None:

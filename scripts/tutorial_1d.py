@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from ldm_pipe import samplers, times
 from ldm_pipe.denoiser import Denoiser
+from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow
 from ldm_pipe.mixture import GaussianMixture
 from ldm_pipe.noise import Noise
 from ldm_pipe.objectives import Objective, losses
+from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.process import posterior, q_sample, q_step
 from ldm_pipe.schedule import Law, NoiseSchedule
 from ldm_pipe.variational import vlb
@@ -271,17 +273,14 @@ def run_roll(output: Path, num_steps: int, seed: int) -> dict[str, tuple[str, in
 
 
 def figure(*args: Any, **kwargs: Any) -> Any:
-    """Return matplotlib's subplots in this page's style; the library is only imported here."""
-    import matplotlib as mpl
+    """Return matplotlib's subplots in this page's style."""
+    from matplotlib import rcParams
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({
+    rcParams.update({
         "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
         "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     })  # fmt: skip
-    return plt.subplots(*args, **kwargs)
+    return subplots(*args, **kwargs)
 
 
 def plot_paths(path: Path, states: Tensor, title: str, *, back: bool = False) -> None:
@@ -318,7 +317,7 @@ def plot_paths(path: Path, states: Tensor, title: str, *, back: bool = False) ->
     left.invert_xaxis()
     left.set_ylabel("x")
     middle.set_title(title, fontsize=11)
-    fig.savefig(path, dpi=110, bbox_inches="tight")
+    atomic_write(path, figure_png(fig, dpi=110, bbox_inches="tight"))
 
 
 def plot_training(path: Path, found: Line, mixes: Tensor) -> None:
@@ -344,7 +343,7 @@ def plot_training(path: Path, found: Line, mixes: Tensor) -> None:
     right.set_xlabel("t")
     right.set_title("Standard deviation of a step back", loc="left", fontsize=11)
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    atomic_write(path, figure_png(fig, dpi=110))
 
 
 def plot_rolls(path: Path, columns: Sequence[Sequence[Tensor]], true: Tensor) -> None:
@@ -363,7 +362,7 @@ def plot_rolls(path: Path, columns: Sequence[Sequence[Tensor]], true: Tensor) ->
     for axes, name in zip(grid[:, 0], ("noise", "sigma = alpha", "sigma = 0.3 alpha", "samples"), strict=True):
         axes.set_ylabel(name)
     fig.tight_layout(pad=0.4)
-    fig.savefig(path, dpi=100)
+    atomic_write(path, figure_png(fig, dpi=100))
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[Line, dict[str, tuple[str, int, float]]]:
@@ -376,9 +375,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[Line, dict[str, tuple[str, 
     if args.steps < 3:
         parser.error(f"--steps is {args.steps}: train for at least 3")
     args.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(
-        1
-    )  # matrices this small only wait for each other; and the numbers do not depend on the machine
+    torch.set_num_threads(1)  # small matrices only wait for each other, and the numbers are those of any machine
     began = time.perf_counter()
     line = run_line(args.output, args.steps // 3, args.seed)
     rolls = run_roll(args.output, args.steps, args.seed)

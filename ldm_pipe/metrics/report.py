@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.environment import git_commit, hardware
 
@@ -49,19 +50,11 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def plot_rates(results: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw both hit rates over the guidance scale."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.2))
+    figure, axes = subplots(figsize=(5, 3.2))
     scales = [row["guidance_scale"] for row in results]
     axes.plot(scales, [row["top5"] for row in results], "s--", label="among the first five")
     axes.plot(scales, [row["top1"] for row in results], "o-", label="first")
     axes.set(xlabel="guidance scale", ylabel="right concept", ylim=(0, 1), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, figure_png(figure, dpi=120, bbox_inches="tight"))

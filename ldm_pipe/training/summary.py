@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import atomic_write, read_json
 from ldm_pipe.training.records import Records
 
@@ -26,15 +26,11 @@ def curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], l
 
 def draw_curves(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes | None:
     """Draw one panel per name as PNG, raw values pale behind their running mean; None without matplotlib."""
+    size = (4.5 * len(names), 3)
     try:
-        import matplotlib as mpl
+        figure, grid = subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
     except ImportError:
         return None
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    size = (4.5 * len(names), 3)
-    figure, grid = pyplot.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
     for name, axes in zip(names, grid.flat, strict=True):
         steps, values = curve(history, name)
         axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
@@ -44,10 +40,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> b
         if values and min(values) > 0:
             axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return figure_png(figure, dpi=110)
 
 
 def _table(rows: Mapping[str, Any]) -> str:
