@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm_pipe.cli import SAMPLERS, SPACINGS, build_parser, main
+from ldm_pipe.cli import main
 from ldm_pipe.commands.draw import call_arguments, plan_jobs, read_prompts, sampler_options
+from ldm_pipe.commands.options import SAMPLERS, SPACINGS, build_parser
 from ldm_pipe.commands.paths import MAX_SLUG, OutputError, OutputPlan, check_space, slug
 
 
