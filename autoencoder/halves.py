@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from autoencoder.config import check
+from autoencoder.config import AutoencoderKLConfig, VQModelConfig, check, listed
 from autoencoder.networks import Decoder, Encoder
 from autoencoder.tiling import Strips
-from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.pretrained import FrozenConfig, LdmPipeError
 
 DEFAULT_TILE_SIZE = 512
 
@@ -117,6 +117,60 @@ class Halves:
         if self.slicing and x.shape[0] > 1:
             return torch.cat([function(part) for part in x.split(1)])
         return function(x)
+
+
+class TwoHalves:
+    """What every autoencoder offers whatever its latents are: size, scale, and the switches that save memory."""
+
+    decoder: Decoder
+    config: FrozenConfig
+    _fields: Any
+    _extra: dict[str, Any]
+    _halves: Halves
+
+    @classmethod
+    def rename_keys(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Map the attention's old names."""
+        return rename_old_attention(tensors)
+
+    def _set_config(self, config: AutoencoderKLConfig | VQModelConfig, extra: Mapping[str, Any]) -> None:
+        self._fields, self._extra = config, dict(extra)
+        self.config = FrozenConfig({**listed(config), **self._extra})
+
+    @property
+    def factor(self) -> int:
+        """Return how many pixels one latent spans along a side."""
+        return 2 ** (len(self._fields.block_out_channels) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """Return the config's scale of the normalised latents."""
+        return self._fields.scaling_factor
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Return the weight that adaptive loss weights take gradients at."""
+        return self.decoder.conv_out.weight
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one image of a batch at a time, to save memory."""
+        self._halves.slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches again."""
+        self._halves.slicing = False
+
+    def enable_tiling(self, tile_size: int = DEFAULT_TILE_SIZE) -> None:
+        """Encode and decode images larger than a tile piece by piece, to save memory; the result is the same.
+
+        Args:
+            tile_size: side in pixels of the square whose area is worked on at once.
+        """
+        self._halves.set_tile_size(tile_size)
+
+    def disable_tiling(self) -> None:
+        """Encode and decode images at once again."""
+        self._halves.tile_area = None
 
 
 def check_image(image: Tensor, channels: int, factor: int) -> None:

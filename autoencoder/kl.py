@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.config import AutoencoderKLConfig, check, is_positive, listed, read_fields
+from autoencoder.config import AutoencoderKLConfig, check, is_positive, read_fields
 from autoencoder.gaussian import DiagonalGaussian
-from autoencoder.halves import DEFAULT_TILE_SIZE, Halves, check_image, check_latents, rename_old_attention
+from autoencoder.halves import Halves, TwoHalves, check_image, check_latents
 from autoencoder.networks import Decoder, Encoder
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
+from ldm_pipe.pretrained import LdmPipeError, PretrainedModule
 
 
-class AutoencoderKL(PretrainedModule):
+class AutoencoderKL(TwoHalves, PretrainedModule):
     """Encode images to normalised latents and decode them (LDM, arXiv:2112.10752).
 
     Args:
@@ -31,6 +31,7 @@ class AutoencoderKL(PretrainedModule):
     """
 
     class_name = "AutoencoderKL"
+    _fields: AutoencoderKLConfig
 
     def __init__(self, config: AutoencoderKLConfig, extra: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -53,17 +54,7 @@ class AutoencoderKL(PretrainedModule):
         known, extra = read_fields(config, AutoencoderKLConfig)
         return cls(AutoencoderKLConfig(**known), extra)
 
-    @classmethod
-    def rename_keys(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Map the attention's old names."""
-        return rename_old_attention(tensors)
-
     # What the config says
-
-    @property
-    def factor(self) -> int:
-        """Return how many pixels one latent spans along a side."""
-        return 2 ** (len(self._fields.block_out_channels) - 1)
 
     @property
     def latent_channels(self) -> int:
@@ -71,23 +62,9 @@ class AutoencoderKL(PretrainedModule):
         return self._fields.latent_channels
 
     @property
-    def scaling_factor(self) -> float:
-        """Return the config's scale of the normalised latents."""
-        return self._fields.scaling_factor
-
-    @property
     def shift_factor(self) -> float:
         """Return the config's shift of the raw latents, 0 where it has none."""
         return self._fields.shift_factor or 0.0
-
-    @property
-    def last_layer(self) -> Tensor:
-        """Return the weight that adaptive loss weights take gradients at."""
-        return self.decoder.conv_out.weight
-
-    def _set_config(self, config: AutoencoderKLConfig, extra: Mapping[str, Any]) -> None:
-        self._fields, self._extra = config, dict(extra)
-        self.config = FrozenConfig({**listed(config), **self._extra})
 
     # The two ways
 
@@ -152,28 +129,6 @@ class AutoencoderKL(PretrainedModule):
             return self.scaling_factor, self.shift_factor
         mean_c, std_c = (torch.tensor(v, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
         return self.scaling_factor / std_c, mean_c
-
-    # Switches
-
-    def enable_slicing(self) -> None:
-        """Encode and decode one image of a batch at a time, to save memory."""
-        self._halves.slicing = True
-
-    def disable_slicing(self) -> None:
-        """Encode and decode whole batches again."""
-        self._halves.slicing = False
-
-    def enable_tiling(self, tile_size: int = DEFAULT_TILE_SIZE) -> None:
-        """Encode and decode images larger than a tile piece by piece, to save memory; the result is the same.
-
-        Args:
-            tile_size: side in pixels of the square whose area is worked on at once.
-        """
-        self._halves.set_tile_size(tile_size)
-
-    def disable_tiling(self) -> None:
-        """Encode and decode images at once again."""
-        self._halves.tile_area = None
 
     # The latent statistics
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.config import VQModelConfig, check, is_finite, is_positive, listed, read_fields
+from autoencoder.config import VQModelConfig, check, is_finite, is_positive, read_fields
 from autoencoder.gaussian import LOG_VAR_MIN, DiagonalGaussian
-from autoencoder.halves import DEFAULT_TILE_SIZE, Halves, check_image, check_latents, rename_old_attention
+from autoencoder.halves import Halves, TwoHalves, check_image, check_latents
 from autoencoder.networks import Decoder, Encoder
 from autoencoder.quantizer import Quantised, VectorQuantizer
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
+from ldm_pipe.pretrained import LdmPipeError, PretrainedModule
 
 
-class VQModel(PretrainedModule):
+class VQModel(TwoHalves, PretrainedModule):
     """Encode images to normalised latents; quantise and decode them (VQGAN, arXiv:2012.09841; LDM, arXiv:2112.10752).
 
     Args:
@@ -33,6 +33,7 @@ class VQModel(PretrainedModule):
     """
 
     class_name = "VQModel"
+    _fields: VQModelConfig
 
     def __init__(self, config: VQModelConfig, extra: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -55,21 +56,7 @@ class VQModel(PretrainedModule):
         known, extra = read_fields(config, VQModelConfig)
         return cls(VQModelConfig(**known), extra)
 
-    @classmethod
-    def rename_keys(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Map the attention's old names."""
-        return rename_old_attention(tensors)
-
-    def _set_config(self, config: VQModelConfig, extra: Mapping[str, Any]) -> None:
-        self._fields, self._extra = config, dict(extra)
-        self.config = FrozenConfig({**listed(config), **self._extra})
-
     # What the config says
-
-    @property
-    def factor(self) -> int:
-        """Return how many pixels one latent spans along a side."""
-        return 2 ** (len(self._fields.block_out_channels) - 1)
 
     @property
     def latent_channels(self) -> int:
@@ -82,19 +69,9 @@ class VQModel(PretrainedModule):
         return self._fields.num_vq_embeddings
 
     @property
-    def scaling_factor(self) -> float:
-        """Return the config's scale of the normalised latents."""
-        return self._fields.scaling_factor
-
-    @property
     def shift_factor(self) -> float:
         """Return 0: a shift is folded into the weights."""
         return 0.0
-
-    @property
-    def last_layer(self) -> Tensor:
-        """Return the weight that adaptive loss weights take gradients at."""
-        return self.decoder.conv_out.weight
 
     # The two ways
 
@@ -160,28 +137,6 @@ class VQModel(PretrainedModule):
         quantised = self.quantize(raw if shrink == 1 else F.avg_pool2d(raw, shrink))
         decode = self._halves.decoder(self.decoder, self.post_quant_conv)(self.dtype)
         return decode(quantised.straight_through().to(self.dtype)), quantised
-
-    # Switches
-
-    def enable_slicing(self) -> None:
-        """Encode and decode one image of a batch at a time, to save memory."""
-        self._halves.slicing = True
-
-    def disable_slicing(self) -> None:
-        """Encode and decode whole batches again."""
-        self._halves.slicing = False
-
-    def enable_tiling(self, tile_size: int = DEFAULT_TILE_SIZE) -> None:
-        """Encode and decode images larger than a tile piece by piece, to save memory; the result is the same.
-
-        Args:
-            tile_size: side in pixels of the square whose area is worked on at once.
-        """
-        self._halves.set_tile_size(tile_size)
-
-    def disable_tiling(self) -> None:
-        """Encode and decode images at once again."""
-        self._halves.tile_area = None
 
     # The latent statistics
 
