@@ -6,7 +6,6 @@ optimiser class beyond torch's `state_dict` form, and writes no pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_pipe.data.shards import file_sha256
 from ldm_pipe.pretrained import (
     LdmPipeError,
     atomic_write,
@@ -32,20 +32,6 @@ from ldm_pipe.pretrained import (
 FORMAT = 1
 PREFIX = "checkpoint-"
 ASIDE = ".tmp-old"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_sha256(file)
-        )
-
-
-def _slow_sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):  # Python 3.10 has no file_digest
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _needed_bytes(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -79,7 +65,7 @@ def save_checkpoint(
         for name, tensors in groups.items():
             save_tensors(staged / f"{name}.safetensors", tensors)
         atomic_write(staged / "state.json", json.dumps({**state, "step": step}, indent=1, sort_keys=True))
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staged.iterdir())}
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(staged.iterdir())}
         atomic_write(staged / "manifest.json", json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
         if final.exists():  # this step was written before; `list_checkpoints` still finds it when it is set aside
             os.replace(final, aside)
@@ -150,7 +136,7 @@ def verify_checkpoint(folder: Path) -> None:
         path = safe_child(folder, name, str(folder))
         facts = facts if isinstance(facts, dict) else {}
         try:
-            whole = path.stat().st_size == facts.get("bytes") and _sha256(path) == facts.get("sha256")
+            whole = path.stat().st_size == facts.get("bytes") and file_sha256(path) == facts.get("sha256")
         except OSError as error:  # never there, or pruned by the run that writes here while it was read
             raise LdmPipeError(f"{name} is missing ({error.strerror})", str(folder)) from None
         if not whole:
