@@ -36,7 +36,8 @@ def run_ranks(
 ) -> list[int | None]:
     """Run `function(*args)` in each process; returns the exit codes. The function must lie in this file."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks", "tests.training", "accelerate", "torch.distributed.fsdp"])
+    preload = ["tests.ranks", "tests.training", "tests.finetuning", "accelerate", "torch.distributed.fsdp"]
+    context.set_forkserver_preload(preload)
     port = free_port()
     processes = [
         context.Process(target=_enter, args=(function, {**_environ(rank, num, port), **(environ or {})}, args))
@@ -81,6 +82,22 @@ def train(folder: Path, changes: dict[str, Any], lora: int = 0, stop_at: int | N
     In step `stop_at` the last process alone gets SIGTERM.
     """
     trainer = _trainer(folder, changes, lora)
+    trainer.save_result = lambda: trainer.raw["unet"].save_pretrained(folder / "unet") if not lora else None
+    _fit_noted(trainer, folder, stop_at)
+
+
+def finetune(folder: Path, changes: dict[str, Any]) -> None:
+    """Fine-tune the tiny pipeline to the end as `scripts/finetune.py` does; `folder` holds `pictures`."""
+    from ldm_pipe.training.finetune_run import load_model, make_trainer
+    from tests.finetuning import make_config
+
+    config = make_config(folder, **changes)
+    trainer, _ = make_trainer(load_model(config), config)
+    _fit_noted(trainer, Path(config.output_dir), None)
+
+
+def _fit_noted(trainer: Any, folder: Path, stop_at: int | None) -> None:
+    """Train, noting losses and rows of the own slices in `rank-<number>.json`."""
     losses: list[float] = []
     rows: list[list[int]] = []
     step, mean = trainer.train_step, trainer.accelerator.reduce
@@ -96,7 +113,6 @@ def train(folder: Path, changes: dict[str, Any], lora: int = 0, stop_at: int | N
         return logs
 
     trainer.train_step = noted
-    trainer.save_result = lambda: trainer.raw["unet"].save_pretrained(folder / "unet") if not lora else None
     trainer.fit()
     facts = {"losses": losses, "rows": rows, "start": trainer.step - len(losses)}
     (folder / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))
@@ -118,3 +134,21 @@ def die(folder: Path, changes: dict[str, Any], at: int) -> None:
     except Exception as error:  # noqa: BLE001  what a user reads
         (folder / "error.txt").write_text(f"{type(error).__name__}: {error}")
         sys.exit(2)
+
+
+def facts_of(folder: Path, num: int) -> list[dict[str, Any]]:
+    """Read what each process noted."""
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num)]
+
+
+def rows_of(facts: list[dict[str, Any]]) -> list[list[int]]:
+    """Return the rows of every step, of all processes together."""
+    steps = zip(*(fact["rows"] for fact in facts), strict=True)
+    return [sorted(row for rows in step for row in rows) for step in steps]
+
+
+def assert_near(a: dict[str, Any], b: dict[str, Any], most: float = 1e-5) -> None:
+    """Compare two states of the same names, number by number."""
+    assert a.keys() == b.keys()
+    worst = max((float((a[name].double() - b[name].double()).abs().max()), name) for name in a)
+    assert worst[0] < most, worst

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
-from tests.ranks import FSDP2, die, run_ranks, train
+from tests.ranks import FSDP2, assert_near, die, facts_of, rows_of, run_ranks, train
 from tests.training import assert_same_bits, saved_state
 
 # Adam divides a gradient by its size, and so a rounding by itself where a gradient is next to nothing; with this
@@ -21,23 +20,7 @@ CHANGES: dict[str, Any] = {"max_train_steps": 20, "checkpointing_steps": 10, "op
     "learning_rate": 2.0e-3, "lr_warmup_steps": 2, "adam_epsilon": 1.0e-4}}  # fmt: skip
 ONE, TWO = {**CHANGES, "train_batch_size": 8}, {**CHANGES, "train_batch_size": 4}
 TWO_ACCUMULATED = {**CHANGES, "train_batch_size": 2, "gradient_accumulation_steps": 2}
-MOST_LOSS, MOST_WEIGHT = 1e-6, 1e-5
-
-
-def facts_of(folder: Path, num: int) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num)]
-
-
-def rows_of(facts: list[dict[str, Any]]) -> list[list[int]]:
-    """Return the rows of every step, of all processes together."""
-    steps = zip(*(fact["rows"] for fact in facts), strict=True)
-    return [sorted(row for rows in step for row in rows) for step in steps]
-
-
-def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    worst = max((float((a[name].double() - b[name].double()).abs().max()), name) for name in a)
-    assert worst[0] < MOST_WEIGHT, worst
+MOST_LOSS = 1e-6  # of weights: that of `assert_near`
 
 
 @pytest.fixture(scope="module")
