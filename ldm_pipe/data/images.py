@@ -48,6 +48,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")  # typographic quotes and dashes
 
 
 def open_image(
@@ -314,7 +315,7 @@ def _wrap(label: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width:
     """Break a label into lines no wider than the picture; what does not fit ends in '..'."""
     lines: list[str] = [""]
     # The default bitmap font of old Pillow builds knows Latin-1 only.
-    for word in label.encode("latin-1", "replace").decode("latin-1").split():
+    for word in label.translate(_PLAIN).encode("latin-1", "replace").decode("latin-1").split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

@@ -378,6 +378,9 @@ def test_sheet_holds_every_picture_and_its_label() -> None:
     below = labelled.crop((0, 24, *labelled.size))
     columns = [below.crop((x, 0, x + 24, below.height)).getextrema()[0][0] for x in (2, 26, 50)]
     assert max(columns) < 200, "each label leaves ink below its picture"
+    typed, printed = ("the man\u2019s \u201chat\u201d", 'the man\'s "hat"')
+    wide = Image.new("RGB", (120, 24))
+    assert make_grid([wide], 1, [typed]).tobytes() == make_grid([wide], 1, [printed]).tobytes()
     with pytest.raises(LdmPipeError, match="labels"):
         make_grid(images, 3, ["one"])
     with pytest.raises(LdmPipeError, match="at least 1"):
