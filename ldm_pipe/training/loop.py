@@ -6,7 +6,6 @@ resumed run continues exactly: a checkpoint holds weights, EMA and optimiser sta
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_pipe.data.order import DataOrder
-from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
+from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training import sharding, state
 from ldm_pipe.training.checkpoint import (
     RunLock,
@@ -33,12 +32,12 @@ from ldm_pipe.training.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from ldm_pipe.training.config import TrainConfig, default_values, dump_config
+from ldm_pipe.training.config import TrainConfig, default_values
 from ldm_pipe.training.ema import Ema
 from ldm_pipe.training.environment import describe_environment, peak_memory, plain_errors, start_processes
 from ldm_pipe.training.optim import lr_at, make_optimizer
 from ldm_pipe.training.parts import Logs, Micro, Order, Part
-from ldm_pipe.training.records import Records
+from ldm_pipe.training.records import Records, start_records
 from ldm_pipe.training.stop import StopSignal
 from ldm_pipe.training.summary import write_summary
 
@@ -125,7 +124,7 @@ class Trainer:
             return sharding.autocast(net, self.accelerator)
         return self.accelerator.prepare(net)
 
-    # -- state ---------------------------------------------------------------------------------------------------
+    # State
 
     def _groups(self) -> state.Groups:
         """Gather all tensors of a checkpoint; where weights are sharded, all processes call this."""
@@ -214,7 +213,7 @@ class Trainer:
                 for name, module in self.raw.items():
                     module.train(training[name])
 
-    # -- steps ---------------------------------------------------------------------------------------------------
+    # Steps
 
     def _micros(self) -> list[Micro]:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -251,8 +250,7 @@ class Trainer:
             raise LdmPipeError(f"no gradient reaches the weights of {part.name}", "loss", "See what it is made of.")
         if scaler is not None:
             scaler.unscale_(optimizer)
-        limit = part.optim.max_grad_norm if part.clip else math.inf
-        norm = float(sharding.whole(nn.utils.clip_grad_norm_(self.trained[part.name], limit)))
+        norm = self._clip(part)
         finite = math.isfinite(norm)
         if scaler is not None:
             scaler.step(optimizer)
@@ -263,6 +261,15 @@ class Trainer:
         if finite and part.name in self.ema:
             self.ema[part.name].update(self.nets[part.name], self.step)
         return {**logs, "grad_norm": norm, "lr": lr}, finite
+
+    def _clip(self, part: Part) -> float:
+        """Return the norm of the gradient; scale the gradient down where it exceeds the part's limit."""
+        trained, limit = self.trained[part.name], part.optim.max_grad_norm
+        total = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = float(sharding.whole(total))
+        if part.clip and math.isfinite(norm) and norm > limit:
+            nn.utils.clip_grads_with_norm_(trained, limit, total)
+        return norm
 
     def _let_train(self, name: str | None) -> None:
         """Let gradients flow to the trained weights of one part; None: of all parts."""
@@ -362,20 +369,13 @@ class Trainer:
         wish = torch.tensor([float(stop.wanted)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(wish, "sum").item())  # type: ignore[union-attr]
 
-    # -- records -------------------------------------------------------------------------------------------------
+    # Records
 
     def _start_records(self) -> None:
-        if not self.is_main:
-            return
-        atomic_write(self.folder / "config.yaml", dump_config(self.config))
-        facts = describe_environment(self.accelerator.device, self.accelerator.num_processes, self.raw)
-        facts |= {"seed": self.config.seed, "first_step": self.step}
-        path = self.folder / "run.json"
-        if self.config.resume_from_checkpoint and path.is_file():
-            earlier = read_json(path)
-            facts["before"] = [*earlier.pop("before", []), earlier]
-        atomic_write(path, json.dumps(facts, indent=1) + "\n")
-        self.records = Records(self.folder, self.config, self.step)
+        if self.is_main:
+            facts = describe_environment(self.accelerator.device, self.accelerator.num_processes, self.raw)
+            facts |= {"seed": self.config.seed, "first_step": self.step}
+            self.records = start_records(self.folder, self.config, facts, self.step)
 
     def show(self, name: str, path: Path) -> None:
         """Put a picture of the run folder, made while validating, into the tracker and the summary."""

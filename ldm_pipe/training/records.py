@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import TrainConfig
+from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
+from ldm_pipe.training.config import TrainConfig, dump_config
 
 EVERY = 10
 
@@ -198,3 +198,19 @@ class Records:
         self.bar.close()
         if self.tracker is not None:
             self.tracker.close()
+
+
+def start_records(folder: Path, config: TrainConfig, facts: dict[str, Any], step: int) -> Records:
+    """Write `config.yaml` and `run.json` and open the records of a run.
+
+    Args:
+        facts: about this start, for `run.json`; those of the starts that it goes on from stay under "before".
+        step: steps done.
+    """
+    atomic_write(folder / "config.yaml", dump_config(config))
+    path = folder / "run.json"
+    if config.resume_from_checkpoint and path.is_file():
+        earlier = read_json(path)
+        facts = {**facts, "before": [*earlier.pop("before", []), earlier]}
+    atomic_write(path, json.dumps(facts, indent=1) + "\n")
+    return Records(folder, config, step)
