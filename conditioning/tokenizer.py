@@ -42,7 +42,7 @@ class ClipTokenizer(FramedTokenizer):
         pad_token: str = END,
     ) -> None:
         """Build the backend; a vocabulary that lacks what it needs is refused."""
-        self.vocab, self.merges = dict(vocab), [(left, right) for left, right in merges]
+        self.vocab, self.merges = dict(vocab), list(merges)
         self.max_length, self.pad_token = max_length, pad_token
         lacking = [token for token in (START, END, pad_token) if token not in self.vocab]
         if lacking:
@@ -229,7 +229,7 @@ def _read_vocab(root: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         except UnicodeDecodeError as error:
             raise LdmPipeError(f"not UTF-8 ({error})", str(root / "merges.txt")) from None
         vocab: Any = read_json(root / "vocab.json")
-        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+        pairs = [pair for line in lines if (pair := line.split()) and not line.startswith("#version")]
     elif (root / "tokenizer.json").is_file():  # all that transformers 5 writes
         whole = read_json(root / "tokenizer.json")
         vocab = whole.get("model", {}).get("vocab", {})
@@ -237,8 +237,8 @@ def _read_vocab(root: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     else:
         what = "neither vocab.json with merges.txt nor tokenizer.json is there"
         raise LdmPipeError(what, str(root), "Give the `tokenizer` folder of a CLIP model.")
-    if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
+    if not isinstance(vocab, dict) or not set(map(type, vocab.values())) <= {int}:
         raise LdmPipeError("the vocabulary is not a table of token ids", str(root))
-    if any(len(pair) != 2 for pair in pairs):
+    if not set(map(len, pairs)) <= {2}:
         raise LdmPipeError("a merge does not consist of two tokens", str(root))
-    return vocab, [(pair[0], pair[1]) for pair in pairs]
+    return vocab, list(map(tuple, pairs))

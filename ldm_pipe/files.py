@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from torch import Tensor
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # a CLIP vocabulary is 1 MB; more than this is not a config
 MAX_JSON_DEPTH = 32
+MAPS = os.name == "posix"  # elsewhere a mapped file cannot be replaced
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -44,18 +47,14 @@ class LdmPipeError(ValueError):
 
 
 def _json_depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        if depth > MAX_JSON_DEPTH:
+    """Count the levels of a value: those of plain values below lists and tables are one."""
+    depth, level = 1, [value]
+    while depth <= MAX_JSON_DEPTH:
+        level = [item for item in level if isinstance(item, (dict, list)) and item]
+        if not level:
             return depth
-        children: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                children.extend(item.values())
-            elif isinstance(item, list):
-                children.extend(item)
-        level = children
+        level = list(chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level))
+        depth += 1
     return depth
 
 
@@ -149,21 +148,47 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         save_file(whole, temporary, {"format": "pt", **(metadata or {})})
 
 
-def _read_tensor(stream: BinaryIO, start: int, entry: Mapping[str, Any], buffer: Tensor, **target: Any) -> Tensor:
-    """Read one tensor: straight into its place, or by way of the buffer, where dtype, layout or device are others.
-
-    One buffer for all: fresh memory for each would cost more than the reading itself.
-    """
+def _view(file: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
+    """Show one tensor of a mapped file."""
     dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
-    wanted = target["dtype"] if dtype.is_floating_point and target["dtype"] is not None else dtype
-    layout = target["memory_format"] if len(shape) == 4 else torch.contiguous_format
-    moves = (wanted, torch.device(target["device"]).type) != (dtype, "cpu") or layout != torch.contiguous_format
     first, last = entry["data_offsets"]
-    tensor = buffer[: last - first].view(dtype).view(shape) if moves else torch.empty(shape, dtype=dtype)
-    stream.seek(start + first)
-    if stream.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
-        raise ValueError("the file ends too early")
-    return tensor.to(target["device"], wanted, copy=True, memory_format=layout) if moves else tensor
+    if first == last:
+        return torch.empty(shape, dtype=dtype)
+    data = torch.frombuffer(file, dtype=torch.uint8, count=last - first, offset=start + first)
+    aligned = (start + first) % dtype.itemsize == 0
+    return (data if aligned else data.clone()).view(dtype).view(shape)
+
+
+def _place(source: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """Copy a tensor straight to where it shall be; on other devices number type and layout are changed there."""
+    if device.type != "cpu":
+        return source.to(device, copy=True).to(dtype=dtype, memory_format=layout)
+    return source.to(dtype, copy=True, memory_format=layout)
+
+
+def _forget(file: mmap.mmap, first: int, last: int) -> None:
+    """Let the pages of a part of a mapped file go; they come back when they are read again."""
+    if hasattr(file, "madvise"):
+        first -= first % mmap.PAGESIZE
+        file.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Tell whether a tensor has neither NaN nor infinity; its sum tells it fastest, but that of halves may overflow."""
+    return not x.is_floating_point() or bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def refuse_nonfinite(names: Iterable[str], where: str) -> None:
+    """Raise LdmPipeError with the first ten names of tensors with NaN or infinity, if there are any."""
+    if bad := list(names):
+        raise LdmPipeError(f"NaN or infinity in {first_ten(bad)}", where, "Use an earlier checkpoint.")
+
+
+def first_ten(lines: Iterable[str]) -> str:
+    """Join the first ten lines, and say how many more there are."""
+    lines = list(lines)
+    more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+    return "; ".join(lines[:10]) + more
 
 
 def load_tensors(
@@ -172,18 +197,23 @@ def load_tensors(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    finite: bool = False,
+    mapped: bool = False,
 ) -> dict[str, Tensor]:
-    """Read a safetensors file tensor by tensor, as pages of a mapped file stay beside what is made of them.
+    """Read a safetensors file.
 
     Args:
         dtype: of floating-point tensors in memory; None is the file's.
         memory_format: of tensors with four axes.
-    Raises: LdmPipeError naming the file if it is missing, truncated or of another format.
+        finite: also look at every number.
+        mapped: tensors that need no change stay in the mapped file, where the system can replace mapped files. Writing
+            to them is private to this process; the file may be replaced or deleted, but not changed in place.
+    Raises: LdmPipeError naming the file if it is missing, truncated or of another format; tensors that are not finite.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     if not path.is_file():
         raise LdmPipeError("the file does not exist", str(path))
-    target = {"device": device, "dtype": dtype, "memory_format": memory_format}
+    found, bad = {}, []
     try:
         with safe_open(str(path), framework="pt"), path.open("rb") as stream:  # the former checks the header
             start = 8 + int.from_bytes(stream.read(8), "little")
@@ -192,11 +222,20 @@ def load_tensors(
             unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
             if unknown:
                 raise ValueError(f"tensors of the types {unknown}")
-            largest = max((entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()), default=0)
-            buffer = torch.empty(largest, dtype=torch.uint8)
-            return {name: _read_tensor(stream, start, entry, buffer, **target) for name, entry in header.items()}
+            file = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, entry in header.items():
+            source = _view(file, start, entry)
+            wanted = dtype if dtype and source.is_floating_point() else source.dtype
+            layout = memory_format if source.ndim == 4 else torch.contiguous_format
+            stays = mapped and MAPS and (device.type, wanted, layout) == ("cpu", source.dtype, torch.contiguous_format)
+            found[name] = source if stays else _place(source, device, wanted, layout)
+            if finite and not is_finite(found[name]):
+                bad.append(name)
+            _forget(file, *(start + offset for offset in entry["data_offsets"]))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch or export it anew.") from None
+    refuse_nonfinite(bad, str(path))
+    return found
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -246,7 +285,7 @@ def load_folder_tensors(
     A part that has no files of the variant, in a model of which another part has, is read without it, with a warning.
 
     Args:
-        target: device, dtype and memory_format, as for `load_tensors`.
+        target: device, dtype, memory_format, finite and mapped, as for `load_tensors`.
     Raises: LdmPipeError if there is no such file, or more than one candidate; pickles are named but not read.
     """
     check_links(folder)

@@ -68,8 +68,9 @@ class Placement:
         """Move all networks to a device or dtype, as `torch.nn.Module.to` does."""
         kwargs = {("dtype" if name == "torch_dtype" else name): value for name, value in kwargs.items()}
         for module in self.components.values():
+            layout = {"memory_format": torch.channels_last} if module is self.unet else {}  # faster convolutions
             try:
-                module.to(*args, **kwargs)
+                module.to(*args, **{**layout, **kwargs})
             except (RuntimeError, AssertionError, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise LdmPipeError(

@@ -155,8 +155,7 @@ def load_parts(
         defaults = replace(defaults, guidance_scale=XL_GUIDANCE)
     common: dict[str, Any] = {"dtype": dtype, "variant": variant, "device": device}
     with _config_errors(root / "unet"):
-        # convolutions over such weights are faster, but for training
-        unet = UNet.from_pretrained(root / "unet", memory_format=torch.channels_last, **common)
+        unet = UNet.from_pretrained(root / "unet", memory_format=unet_layout(device, dtype), **common)
     with _config_errors(vae):
         autoencoder = load_autoencoder(vae, **common)
     encoders = tuple(_load_encoder(root, index, name, common) for name in encoder_folders(index))
@@ -179,6 +178,15 @@ def load_parts(
         what = f"{XL_FLAGS[1]} is {not scored}, the U-Net is of the other kind"
         raise LdmPipeError(what, str(root / "model_index.json"), "Fetch or export the folder anew.")
     return parts
+
+
+def unet_layout(device: str | torch.device, dtype: torch.dtype | None) -> torch.memory_format:
+    """Choose how a U-Net's weights lie: convolutions over channels-last ones are faster, but for training.
+
+    Halves on the CPU stay in the mapped file; drawing with them there is rare, and slow in any layout.
+    """
+    halves = torch.device(device).type == "cpu" and dtype in (torch.float16, torch.bfloat16)
+    return torch.contiguous_format if halves else torch.channels_last
 
 
 def _load_encoder(root: Path, index: Mapping[str, Any], name: str, common: Mapping[str, Any]) -> AnyTextEncoder:
