@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_pipe.unet.convolution import Conv3x3, doubling_convolution, doubling_kernel
+from ldm_pipe.unet.convolution import Conv3x3, doubling_convolution, doubling_kernel, doubling_transposed
 from ldm_pipe.unet.kept import Kept
 
 
@@ -63,9 +63,12 @@ class VectorEmbedding(nn.Module):
 
 
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a 1x1 convolution as the matrix product it is: (B, C, h, w) to (B, C', h, w), channels last in memory."""
+    """Apply a 1x1 convolution as the matrix product it is: (B, C, h, w) to (B, C', h, w), in the memory order of x."""
     if conv._forward_hooks:  # an adapter in training adds to what the call returns
         return conv(x)
+    if x.is_contiguous() and conv.bias is not None:  # as in training: (C', C) times (C, h w) for each picture
+        matrix = conv.weight.flatten(1).expand(len(x), -1, -1)
+        return torch.baddbmm(conv.bias[:, None], matrix, x.flatten(2)).view(len(x), -1, *x.shape[2:])
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
@@ -158,7 +161,10 @@ class Upsample(nn.Module):
         """Map (B, C, h, w) to (B, C, *size), the size that was left on the way down."""
         doubled = size == (2 * x.shape[2], 2 * x.shape[3])
         plain = x.device.type == "cpu" and x.dtype == torch.float32 and not self.conv._forward_hooks
-        worth = x.shape[2] * x.shape[3] >= 16  # below, reading the larger kernel costs more than the products saved
+        positions = x.shape[2] * x.shape[3]
+        if doubled and plain and torch.is_grad_enabled() and len(x) * positions >= 256:
+            return doubling_transposed(x, self.conv.weight, self.conv.bias)
+        worth = positions >= 16  # below, reading the larger kernel costs more than the products saved
         if kept is not None and kept.keep and doubled and plain and worth:
             kernel = kept.once(self, lambda: doubling_kernel(self.conv.weight))
             return doubling_convolution(x, kernel, self.conv.bias)

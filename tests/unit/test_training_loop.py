@@ -75,6 +75,17 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert len(free["params"]) == 3
 
 
+def test_a_gradient_longer_than_the_limit_is_scaled_down_to_it(tmp_path: Path) -> None:
+    def norms(limit: float) -> tuple[float, float]:
+        trainer, given = make_trainer(make_config(tmp_path, optim={"max_grad_norm": limit})), []
+        weights = trainer.trained["unet"]
+        trainer.optimizers["unet"].register_step_pre_hook(lambda *_: given.extend(p.grad.norm() for p in weights))
+        return trainer.train_step()["unet/grad_norm"], math.hypot(*map(float, given))
+
+    norm, free = norms(1e6)
+    assert (norm, norm / 3) == pytest.approx((free, norms(norm / 3)[1]), rel=1e-4)
+
+
 # -- resume ------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from ldm_pipe.unet.attention import Attention
 from ldm_pipe.unet.config import read_config, write_config
 from ldm_pipe.unet.config_2d import read_config_2d, write_config_2d
 from ldm_pipe.unet.convolution import Conv3x3, doubling_convolution, doubling_kernel
-from ldm_pipe.unet.layers import Upsample
+from ldm_pipe.unet.layers import Upsample, pointwise
 
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "data" / "full_size_configs.json").read_text())
 UNETS = sorted(name for name, entry in FULL_SIZE.items() if str(entry).find("'UNet2D") >= 0)
@@ -303,6 +303,25 @@ def test_doubling_and_convolving_are_four_products() -> None:
     x = _numbers(1, 2, 6, 5, 4).double()
     joint = doubling_convolution(x, doubling_kernel(layer.conv.weight), layer.conv.bias)
     assert torch.allclose(joint, layer(x, (10, 8)), atol=1e-12)
+
+
+def test_doubling_in_training_has_the_gradients_of_the_plain_form() -> None:
+    layer, x = Upsample(6), _numbers(1, 4, 6, 8, 9).requires_grad_()
+    asked = [x, *layer.parameters()]
+    plain = layer.conv(F.interpolate(x, size=(16, 18), mode="nearest"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "interpolate", lambda *_, **__: pytest.fail("not joined"))
+        joint = layer(x, (16, 18))
+    assert torch.allclose(joint, plain, atol=1e-5)
+    seed = _numbers(2, *plain.shape)
+    ours, wanted = (torch.autograd.grad(value, asked, seed) for value in (joint, plain))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_pointwise_is_the_convolution_in_either_memory_order() -> None:
+    conv, x = nn.Conv2d(6, 8, 1), _numbers(1, 2, 6, 5, 4)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert torch.allclose(pointwise(conv, given), conv(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)])
