@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -195,27 +195,48 @@ def _heads_at(net: UNet, channels: int) -> int:
     return {**counts, net.spec.levels[-1].channels: net.spec.mid.num_heads}.get(channels, 1)
 
 
+def split_joint(rest: dict[str, Tensor], num_heads: Callable[[int], int], order: QkvOrder) -> None:
+    """Take every joint projection of an attention apart, in place, into `to_q`, `to_k` and `to_v`.
+
+    Args:
+        num_heads: of an attention of so many channels.
+    """
+    for name in [name for name in rest if name.endswith((".qkv.weight", ".qkv.bias"))]:
+        stem, _, kind = name.rpartition(".qkv.")
+        qkv = as_linear(rest.pop(name))
+        for part, tensor in zip("qkv", split_qkv(qkv, num_heads(qkv.shape[0] // 3), order), strict=True):
+            rest[f"{stem}.to_{part}.{kind}"] = tensor
+
+
+def as_linear(tensor: Tensor) -> Tensor:
+    """Return a convolution over one position as the linear layer that it is."""
+    return tensor[:, :, 0] if tensor.ndim == 3 else tensor
+
+
+def place(names: Mapping[str, str], rest: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors to ours; those without a place keep their names, so that a strict check tells.
+
+    Args:
+        names: from our names to openai's, attention under ours.
+        rest: tensors, joint projections apart.
+    """
+    ours: dict[str, Tensor] = {}
+    for key, name in names.items():
+        source, attends = name, ".attentions." in key
+        if attends:
+            for theirs, mine in _ATTENTION.items():
+                source = source.replace("." + mine, "." + theirs)
+        if source in rest:
+            tensor = rest.pop(source)
+            ours[key] = as_linear(tensor) if attends else tensor
+    return {**ours, **rest}
+
+
 def from_adm(tensors: Mapping[str, Tensor], net: UNet, order: QkvOrder) -> dict[str, Tensor]:
     """Rename tensors to those of our U-Net; those without a place keep their names, so that a strict check tells."""
     rest = dict(tensors)
-    ours: dict[str, Tensor] = {}
-    for name in [name for name in rest if name.endswith((".qkv.weight", ".qkv.bias"))]:
-        place, _, kind = name.rpartition(".qkv.")
-        qkv = rest.pop(name)
-        qkv = qkv[:, :, 0] if qkv.ndim == 3 else qkv
-        heads = _heads_at(net, qkv.shape[0] // 3)
-        for part, tensor in zip("qkv", split_qkv(qkv, heads, order), strict=True):
-            rest[f"{place}.to_{part}.{kind}"] = tensor
-    names = rename(net.state_dict(), unet_modules(net.spec))
-    for key, name in names.items():
-        place = name
-        if ".attentions." in key:
-            for theirs, mine in _ATTENTION.items():
-                place = place.replace("." + mine, "." + theirs)
-        if place in rest:
-            tensor = rest.pop(place)
-            ours[key] = tensor[:, :, 0] if ".attentions." in key and tensor.ndim == 3 else tensor
-    return {**ours, **rest}
+    split_joint(rest, lambda channels: _heads_at(net, channels), order)
+    return place(rename(net.state_dict(), unet_modules(net.spec)), rest)
 
 
 def import_adm(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_pipe.interop.adm import _ATTENTION, split_qkv
+from ldm_pipe.interop.adm import as_linear, place, split_joint, split_qkv
 from ldm_pipe.interop.ldm_names import rename, unet_modules
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, check_tensors, save_tensors
 from ldm_pipe.unet.classifier import ADMClassifier
@@ -83,33 +83,19 @@ def _fits(tensors: Mapping[str, Tensor], count: int, per_level: int) -> bool:
 def from_adm_classifier(tensors: Mapping[str, Tensor], net: ADMClassifier) -> dict[str, Tensor]:
     """Rename tensors to ours; those without a place keep their names, so that a strict check tells."""
     rest = dict(tensors)
-    for name in [name for name in rest if name.endswith((".qkv.weight", ".qkv.bias"))]:
-        place, _, kind = name.rpartition(".qkv.")
-        qkv = rest.pop(name)
-        width = net.config.attention_head_dim
-        parts = split_qkv(qkv[:, :, 0] if qkv.ndim == 3 else qkv, qkv.shape[0] // 3 // width, "per_head")
-        rest |= {f"{place}.to_{part}.{kind}": value for part, value in zip("qkv", parts, strict=True)}
+    split_joint(rest, lambda channels: channels // net.config.attention_head_dim, "per_head")
     for kind in ("weight", "bias"):
         qkv = rest.pop(f"{_POOL}qkv_proj.{kind}", None)
         if qkv is not None:  # this one has all of q before all of k, whatever the others do
-            parts = split_qkv(qkv[:, :, 0] if qkv.ndim == 3 else qkv, 1, "split")
+            parts = split_qkv(as_linear(qkv), 1, "split")
             rest |= {f"pool.to_{part}.{kind}": value for part, value in zip("qkv", parts, strict=True)}
         out = rest.pop(f"{_POOL}c_proj.{kind}", None)
         if out is not None:
-            rest[f"pool.to_out.{kind}"] = out[:, :, 0] if out.ndim == 3 else out
+            rest[f"pool.to_out.{kind}"] = as_linear(out)
     if _EMBEDDING in rest:
         rest["pool.positional_embedding"] = rest.pop(_EMBEDDING).T.contiguous()
-    ours: dict[str, Tensor] = {}
     modules = {**unet_modules(net.spec), "norm_out": "out.0"}
-    for key, name in rename(net.state_dict(), modules).items():
-        place = name
-        if ".attentions." in key:
-            for theirs, mine in _ATTENTION.items():
-                place = place.replace("." + mine, "." + theirs)
-        if place in rest:
-            tensor = rest.pop(place)
-            ours[key] = tensor[:, :, 0] if ".attentions." in key and tensor.ndim == 3 else tensor
-    return {**ours, **rest}
+    return place(rename(net.state_dict(), modules), rest)
 
 
 def import_adm_classifier(
