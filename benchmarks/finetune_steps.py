@@ -56,10 +56,12 @@ def our_step(args: argparse.Namespace) -> Step:
     optim = OptimConfig(
         learning_rate=LEARNING_RATE, lr_scheduler="constant", lr_warmup_steps=0, adam_beta1=BETAS[0],
         adam_beta2=BETAS[1], adam_weight_decay=DECAY, adam_epsilon=EPSILON, max_grad_norm=CLIP,
+        optimizer=args.optimizer,
     )  # fmt: skip
     config = FinetuneConfig(
         output_dir=folder, cache_dir=folder, cache_latents=args.cache, method=args.method, rank=RANK,
         train_batch_size=args.batch, num_threads=args.threads, optim=optim, caption_dropout=0.0, report_to="none",
+        gradient_checkpointing=args.gradient_checkpointing,
         data=DataConfig(train_data_dir=str(TABLE), max_train_samples=NUM_PICTURES),
     )  # fmt: skip
     trainer = make_trainer(load_model(config), config)[0] if args.shape == "tiny" else our_large_trainer(args, config)
@@ -77,6 +79,7 @@ def our_large_trainer(args: argparse.Namespace, config: Any) -> Any:
     from ldm_pipe.unet import UNet
 
     unet = UNet.from_config(SD15)
+    unet.enable_gradient_checkpointing(config.gradient_checkpointing)
     lora = TrainableLora({"unet": unet}, rank=RANK) if args.method == "lora" else None
     latents, tokens = random_inputs(args.latents)
     rows = (torch.arange(NUM_PICTURES) % (NUM_TEXTS - 1))[:, None]
@@ -162,13 +165,18 @@ def diffusers_step(args: argparse.Namespace) -> Step:
     accelerator = Accelerator(cpu=True)
     unet, noise_scheduler, data, inputs = diffusers_inputs(args)
     unet.train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     if args.method == "lora":
         from peft import LoraConfig
 
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
     trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=DECAY, eps=EPSILON)
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=DECAY, eps=EPSILON)
+    else:
+        optimizer = torch.optim.Adafactor(trained, lr=LEARNING_RATE, weight_decay=DECAY)
     loader = torch.utils.data.DataLoader(data, batch_size=args.batch, shuffle=True, drop_last=True)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(
         unet, optimizer, loader, get_scheduler("constant", optimizer)
@@ -212,6 +220,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=64, help="of the pictures of the tiny shape")
     parser.add_argument("--latents", type=int, default=64, help="side of the latents of the sd15 shape")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -2,6 +2,9 @@
 
     python benchmarks/training.py --output runs/benchmarks/training.json
     python benchmarks/training.py --shape sd15 --method lora --batch 1 --steps 3 --repeats 1 --latents 32
+    python benchmarks/training.py --shape sd15 --method full --batch 1 --steps 2 --latents 32 --optimizer adafactor
+
+With AdamW the last one needs 7 GB more, two numbers for each of 860 million weights.
 
 Both sides train the same model on the same pictures with the same settings, each in processes of its own, one after the
 other in changing order. The CPU time of one thread is what counts: on a shared machine the wall time tells nothing.
@@ -34,6 +37,8 @@ def main() -> None:
     parser.add_argument("--method", choices=("full", "lora"), nargs="+", default=["full", "lora"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--latents", type=int, default=64, help="side of the latents of the sd15 shape")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor"), default="adamw", help="of both sides")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -41,6 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     shared = ["--shape", args.shape, "--batch", str(args.batch), "--steps", str(args.steps)]
     shared += ["--threads", str(args.threads), "--latents", str(args.latents)]
+    shared += ["--optimizer", args.optimizer, *["--gradient-checkpointing"] * args.gradient_checkpointing]
     rows = []
     for method in args.method:
         for words, ours, theirs, aim in PAIRS[args.shape]:
