@@ -28,11 +28,12 @@ from ldm_pipe.thresholding import threshold
 
 if TYPE_CHECKING:
     from ldm_pipe.pipeline import LatentDiffusionPipeline
+    from ldm_pipe.placement import Placement
     from ldm_pipe.request import Request
 
 
 def encode(
-    pipe: LatentDiffusionPipeline,
+    pipe: Placement,
     texts: Sequence[str],
     clip_skip: int | None = None,
     texts_2: Sequence[str] | None = None,
@@ -58,9 +59,7 @@ def encode(
     return functools.reduce(Condition.join, conditions)
 
 
-def encode_prompts(
-    pipe: LatentDiffusionPipeline, request: Request, plan: Plan | None = None
-) -> tuple[Condition, Condition | None]:
+def encode_prompts(pipe: Placement, request: Request, plan: Plan | None = None) -> tuple[Condition, Condition | None]:
     """Return the condition and, under guidance, the unconditional one, with what stands beside the texts.
 
     Given embeddings are taken as they are.
@@ -79,7 +78,7 @@ def encode_prompts(
     return cond, uncond
 
 
-def _encode_texts(pipe: LatentDiffusionPipeline, request: Request) -> tuple[Condition, Condition | None]:
+def _encode_texts(pipe: Placement, request: Request) -> tuple[Condition, Condition | None]:
     if request.prompt_embeds is None:
         cond = encode(pipe, request.prompts or (), request.clip_skip, request.prompts_2)
     else:

@@ -232,7 +232,7 @@ def _metadata_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
                     yield f"{path}:line {reader.line_num}", str(error)
                     continue
                 if row is None:
-                    return
+                    break
                 where = f"{path}:line {reader.line_num}"
                 # An empty cell is a missing value: CSV cannot say null.
                 cells = {name: cell or None for name, cell in row.items() if name is not None}

@@ -136,6 +136,6 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
         request = check_call(self, given, check_texts(self, given), check_size(given, self.default_size, 1))
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
-            cond, uncond = drawing.encode_prompts(self, request)  # type: ignore[arg-type]
+            cond, uncond = drawing.encode_prompts(self, request)
             output = draw_pictures(self, request, first_noise(self, request, draw), draw, cond, uncond)
         return output if return_dict else (output.images, None, None)

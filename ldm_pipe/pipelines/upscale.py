@@ -193,7 +193,7 @@ class UpscalePipeline(Placement, Adapters, Call):
             draw = drawing.noise_source(request)
             eps, low = self._noises(request, small, level, draw)
             beside = Condition(spatial=low.to(self.dtype), labels=torch.full((len(low),), level, device=self.device))
-            cond, uncond = drawing.encode_prompts(self, request)  # type: ignore[arg-type]
+            cond, uncond = drawing.encode_prompts(self, request)
             cond, uncond = (c if c is None else c.join(beside) for c in (cond, uncond))
             assert cond is not None
             output = draw_pictures(self, request, eps, draw, cond, uncond)
