@@ -28,15 +28,17 @@ def clock(device: str) -> tuple[float, float]:
 
 
 def load(side: str, model: str, device: str) -> Any:
-    """Load the pipeline of a side."""
+    """Load the pipeline of a side, in float32 whatever the files hold."""
+    import torch
+
     if side == "ours":
         from ldm_pipe import LatentDiffusionPipeline
 
-        pipe: Any = LatentDiffusionPipeline.from_pretrained(model)
+        pipe: Any = LatentDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     else:
         from diffusers import StableDiffusionPipeline
 
-        pipe = StableDiffusionPipeline.from_pretrained(model)
+        pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
