@@ -17,7 +17,7 @@ from ldm_pipe.unet.attention import attend_sdpa
 from ldm_pipe.unet.config_2d import read_config_2d
 from ldm_pipe.unet.fields import positive, refuse
 from ldm_pipe.unet.layers import ACTIVATIONS, GroupNorm, VectorEmbedding, sinusoid
-from ldm_pipe.unet.network import _down_stage, _mid_stage
+from ldm_pipe.unet.network import down_stage, mid_stage
 from ldm_pipe.unet.spec import UNetSpec
 
 
@@ -69,8 +69,8 @@ class ADMClassifier(PretrainedModule):
         self._sinusoid_dim = emb.sinusoid_dim or first
         self.conv_in = nn.Conv2d(spec.in_channels, first, 3, padding=1)
         self.time_embedding = VectorEmbedding(self._sinusoid_dim, emb.time_dim, spec.activation)
-        self.down_blocks = nn.ModuleList(_down_stage(spec, i) for i in range(len(spec.levels)))
-        self.mid_block = _mid_stage(spec)
+        self.down_blocks = nn.ModuleList(down_stage(spec, i) for i in range(len(spec.levels)))
+        self.mid_block = mid_stage(spec)
         self.norm_out = GroupNorm(spec.num_groups, last, eps=spec.norm_eps)
         sizes = {"sample_size": None, "num_classes": None, **config}
         side = positive(sizes, "sample_size") // 2 ** (len(spec.levels) - 1)

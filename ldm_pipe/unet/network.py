@@ -130,7 +130,8 @@ def _transformers(spec: UNetSpec, level: LevelSpec, depths: tuple[int, ...]) -> 
     ]
 
 
-def _down_stage(spec: UNetSpec, index: int) -> Stage:
+def down_stage(spec: UNetSpec, index: int) -> Stage:
+    """Build the way down at a level."""
     level = spec.levels[index]
     before = spec.levels[max(index - 1, 0)].channels
     resnets = [_residual(spec, before if i == 0 else level.channels, level.channels) for i in range(level.num_residual)]
@@ -143,7 +144,8 @@ def _down_stage(spec: UNetSpec, index: int) -> Stage:
     return Stage("down", resnets, attentions, down)
 
 
-def _mid_stage(spec: UNetSpec) -> Stage:
+def mid_stage(spec: UNetSpec) -> Stage:
+    """Build what lies between the two ways."""
     channels, mid = spec.levels[-1].channels, spec.mid
     count = 1 if mid.kind == "residual" else 2
     resnets = [_residual(spec, channels, channels, scale_factor=mid.scale_factor) for _ in range(count)]
@@ -244,8 +246,8 @@ class UNet(PretrainedModule):
             width = spec.token_dim or spec.levels[0].cross_dim
             self.add_embedding = PooledTokens(width, emb.time_dim, emb.pool_heads)
         indices = range(len(spec.levels))
-        self.down_blocks = nn.ModuleList(_down_stage(spec, i) for i in indices)
-        self.mid_block = None if spec.mid.kind == "none" else _mid_stage(spec)
+        self.down_blocks = nn.ModuleList(down_stage(spec, i) for i in indices)
+        self.mid_block = None if spec.mid.kind == "none" else mid_stage(spec)
         self.up_blocks = nn.ModuleList(_up_stage(spec, i) for i in reversed(indices))
         self.conv_norm_out = GroupNorm(spec.num_groups, first, eps=spec.norm_eps)
         self.conv_out = nn.Conv2d(first, spec.out_channels, spec.out_kernel, padding=(spec.out_kernel - 1) // 2)
