@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.source import ROOT
-
 pytest.importorskip("matplotlib")
 PICTURES = {f"tutorial-{name}.png" for name in ("forward", "reverse", "loss", "swiss-roll")}
 
 
 @pytest.fixture(scope="module")
 def tutorial() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tutorial_1d", ROOT / "scripts" / "tutorial_1d.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("scripts.tutorial_1d")
 
 
 def test_a_short_run_draws_all_pictures_and_learns(

@@ -118,21 +118,27 @@ def test_config_fields_and_defaults_are_those_of_diffusers() -> None:
     assert dict(ours) == plain
 
 
-@torch.no_grad()
-def test_diffusers_loads_what_we_save_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ours = AutoencoderKL.from_config(TINY).eval()
-    ours.set_latent_statistics(0.25, 2.0)
-    ours.save_pretrained(tmp_path)
+def loaded_silently(kind: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
+    """Load with diffusers, which must find every weight and warn of nothing."""
     logger = logging.getLogger("diffusers")
     logger.addHandler(caplog.handler)
     try:
-        theirs, info = diffusers.AutoencoderKL.from_pretrained(
-            str(tmp_path), output_loading_info=True, local_files_only=True, low_cpu_mem_usage=False
+        theirs, info = kind.from_pretrained(
+            str(folder), output_loading_info=True, local_files_only=True, low_cpu_mem_usage=False
         )
     finally:
         logger.removeHandler(caplog.handler)
     assert not any(info.values()), info
     assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    return theirs
+
+
+@torch.no_grad()
+def test_diffusers_loads_what_we_save_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = AutoencoderKL.from_config(TINY).eval()
+    ours.set_latent_statistics(0.25, 2.0)
+    ours.save_pretrained(tmp_path)
+    theirs = loaded_silently(diffusers.AutoencoderKL, tmp_path, caplog)
     assert theirs.config.scaling_factor == 0.5
     assert theirs.config.shift_factor == 0.25
     z = randn(1, 4, 8, 8)
@@ -250,16 +256,7 @@ def test_diffusers_loads_the_vq_model_we_save(tmp_path: Path, caplog: pytest.Log
     ours.load_state_dict(reference_vq(TINY_VQ).state_dict())
     ours.set_latent_statistics([0.5, -0.5, 0.25], [2.0, 1.0, 1.0])
     ours.save_pretrained(tmp_path)
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(caplog.handler)
-    try:
-        theirs, info = diffusers.VQModel.from_pretrained(
-            str(tmp_path), output_loading_info=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert not any(info.values()), info
-    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    theirs = loaded_silently(diffusers.VQModel, tmp_path, caplog)
     assert theirs.config.scaling_factor == pytest.approx(2.0**-0.5)
     z = ours.encode(randn(1, 3, 16, 16))
     decoded = theirs.decode(z / theirs.config.scaling_factor).sample

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,19 +11,10 @@ from PIL import Image
 
 from conditioning import load_text_encoder
 from ldm_pipe.training.config import build_config, read_yaml
+from scripts import make_text_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted((ROOT / "configs" / "emoji").glob("text_encoder_*.yaml"))
-
-
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("make_text_encoder", ROOT / "scripts" / "make_text_encoder.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks the names of a class up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def pictures(folder: Path) -> Path:
@@ -38,8 +26,7 @@ def pictures(folder: Path) -> Path:
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_config_builds_and_its_diffusion_config_names_its_folder(path: Path) -> None:
-    module = script()
-    config = build_config(module.TextEncoderConfig, read_yaml(path), str(path))
+    config = build_config(make_text_encoder.TextEncoderConfig, read_yaml(path), str(path))
     partner = path.with_name(path.name.replace("text_encoder_", "diffusion_"))
     values = read_yaml(partner)
     assert values["text_encoder"] == config.output_dir
@@ -49,7 +36,6 @@ def test_every_config_builds_and_its_diffusion_config_names_its_folder(path: Pat
 
 @pytest.mark.parametrize("kind", ["clip", "transformer", "t5", "labels"])
 def test_what_is_made_is_read_again(kind: str, tmp_path: Path) -> None:
-    module = script()
     (tmp_path / "data").mkdir()
     values = {
         "output_dir": str(tmp_path / "out"), "kind": kind, "vocab_size": 520, "max_length": 8, "hidden_size": 16,
@@ -58,7 +44,7 @@ def test_what_is_made_is_read_again(kind: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     made = []
     for _ in range(2):
-        module.main(["--config", str(tmp_path / "run.yaml")])
+        make_text_encoder.main(["--config", str(tmp_path / "run.yaml")])
         made.append(load_text_encoder(tmp_path / "out"))
     tokens = made[0].encode(["red apple", ""]).tokens
     assert tokens.shape == (2, 1 if kind == "labels" else 8, 16)
