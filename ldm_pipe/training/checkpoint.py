@@ -6,6 +6,7 @@ optimiser class beyond torch's `state_dict` form, and writes no pickle.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -177,21 +178,26 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Flatten an optimiser's per-parameter state to tensors named `<parameter index>.<entry>`.
 
-    Scalars become float64 tensors. The hyper-parameters are not saved: they come from the run's config.
+    Numbers become float64 tensors; what bitsandbytes wraps in a dict of its own lies beside the others. The
+    hyper-parameters are not saved: they come from the run's config.
     """
     flat: dict[str, Tensor] = {}
     for index, entries in optimizer.state_dict()["state"].items():
-        for name, value in entries.items():
-            flat[f"{index}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        wrapped = [entry for entry in entries.values() if isinstance(entry, dict)]
+        for name, value in itertools.chain(entries.items(), *(entry.items() for entry in wrapped)):
+            if not isinstance(value, dict):
+                number = isinstance(value, (int, float))
+                flat[f"{index}.{name}"] = torch.tensor(value, dtype=torch.float64) if number else value
     return flat
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
     """Put flattened state back into an optimiser over the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in flat.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        counted = value.ndim == 0 and value.dtype == torch.float64  # was a number; all of them count steps
+        state.setdefault(int(index), {})[name] = int(value) if counted else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

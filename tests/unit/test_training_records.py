@@ -18,6 +18,7 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate")
 
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.training.checkpoint import optimizer_tensors, restore_optimizer
 from ldm_pipe.training.config import OptimConfig
 from ldm_pipe.training.environment import start_processes
 from ldm_pipe.training.loop import Micro, Part, Trainer
@@ -202,8 +203,25 @@ def test_what_this_machine_cannot_do_is_said_before_the_training(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LdmPipeError, match="fp16 needs a GPU"):
         start_processes("fp16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3", r"ZeRO stage 3.*fsdp2\.yaml"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", r"the YAML of the run decides.*deepspeed_zero2\.yaml"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer_device: none"),
+        ("WORLD_SIZE", "1", "--num_processes 2"),
+        ("WORLD_SIZE", "2", r"DeepSpeed is not installed.*pip install deepspeed.*fsdp2\.yaml"),
+    ],
+)
+def test_what_deepspeed_is_not_used_for_is_refused_with_words(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(LdmPipeError, match=r"asks for DeepSpeed.*fsdp2\.yaml"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LdmPipeError, match=named):
         start_processes("no")
 
 
@@ -258,3 +276,30 @@ def test_eight_bits_without_bitsandbytes_is_refused_with_words(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(LdmPipeError, match=r"bitsandbytes is not installed.*adafactor"):
         make_optimizer(nn.Linear(2, 2), OptimConfig(optimizer="adamw_8bit"))
+
+
+def test_state_within_a_dict_and_whole_numbers_are_kept() -> None:
+    """As the optimisers of bitsandbytes give their state in its release 0.50."""
+
+    class Wrapping(torch.optim.SGD):
+        def state_dict(self) -> dict[str, Any]:
+            entries = {"step": 3, "wrapped": {"state1": torch.arange(4.0)}}
+            return {**super().state_dict(), "state": {0: entries}}
+
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(second.parameters())
+    restore_optimizer(optimizer, optimizer_tensors(Wrapping(first.parameters())))
+    entries = optimizer.state[second.weight]
+    assert type(entries["step"]) is int
+    assert entries["step"] == 3
+    assert torch.equal(entries["state1"], torch.arange(4.0))
+
+
+def test_eight_bit_adam_resumes_to_the_bit(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="keeps Adam's numbers in 8 bits")
+    optim = {"learning_rate": 1.0e-2, "lr_warmup_steps": 2, "optimizer": "adamw_8bit"}
+    unbroken = run(tmp_path / "a", optim=optim)
+    assert any(t.dtype == torch.uint8 for t in whole_state(unbroken).values())
+    (tmp_path / "a" / "checkpoint-6").rename(tmp_path / "put-away")
+    resumed = run(tmp_path / "a", optim=optim, resume_from_checkpoint="latest")
+    assert_same_bits(whole_state(resumed), whole_state(unbroken))
