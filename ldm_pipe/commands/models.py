@@ -53,7 +53,9 @@ def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str 
     """Write the command that draws a picture again; None where the seed or a starting picture is unknown."""
     from ldm_pipe.png_info import sampler_from_label
 
-    more = ("Denoising strength", "Map", "Handed over at", "Handed on at", "Negative sizes", "Refiner")
+    more = (
+        "Denoising strength", "Map", "Handed over at", "Handed on at", "Negative sizes", "Refiner", "Enlarging steps",
+    )  # fmt: skip
     if "Seed" not in settings or settings.get("Spacing") == "custom" or any(name in settings for name in more):
         return None
     width, _, height = settings.get("Size", "").partition("x")

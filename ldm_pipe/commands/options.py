@@ -110,13 +110,18 @@ def _add_other(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("prompt", nargs="?", help="what to draw, for models that read words")
     parser.add_argument("--class-labels", type=int, nargs="+", metavar="NUMBER", help="for models that draw by class")
-    parser.add_argument("--image", help="the small picture, for models that enlarge")
-    parser.add_argument("--noise-level", type=int, help="how little of it to trust")
+    parser.add_argument("--image", help="the small picture, for models that enlarge; or the one to vary, for unCLIP")
+    parser.add_argument("--noise-level", type=int, help="how little of the small picture to trust")
     parser.add_argument("-o", "--output", "--out", help="a .png, or a folder ending in /")
     parser.add_argument("-n", "--num-pictures", type=int, default=1, metavar="N", help="of each class, or at all")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument("--batch-size", type=int, default=8, help="most pictures drawn at once (default 8)")
     _add_how(parser).add_argument("--seed", type=int, help="picture i is drawn from seed + i")
+    stages = parser.add_argument_group("of unCLIP, which has three stages")
+    for name in ("prior", "decoder", "super-res"):
+        stages.add_argument(f"--{name}-num-inference-steps", type=int)
+    for name in ("prior", "decoder"):
+        stages.add_argument(f"--{name}-guidance-scale", type=float)
     _add_model(parser)
     parser.set_defaults(run=_run_other)
 

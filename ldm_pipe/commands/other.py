@@ -12,6 +12,11 @@ from typing import Any
 from ldm_pipe.commands.draw import _seeds, _write, call_arguments, check_picture
 from ldm_pipe.commands.paths import OutputError, OutputPlan
 
+OF_STAGES = (
+    "noise_level", "prior_num_inference_steps", "decoder_num_inference_steps", "super_res_num_inference_steps",
+    "prior_guidance_scale", "decoder_guidance_scale",
+)  # fmt: skip
+
 
 def run(args: argparse.Namespace) -> int:
     """Draw what the options ask for and print the path of each picture."""
@@ -25,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
     plan = OutputPlan.make(args.output, count=count, overwrite=args.overwrite)
     pipe = _load(args)
     arguments = call_arguments(args)
-    if args.noise_level is not None:
-        arguments["noise_level"] = args.noise_level
+    arguments |= {name: getattr(args, name) for name in OF_STAGES if getattr(args, name) is not None}
     known = inspect.signature(type(pipe).__call__).parameters
     given = {**arguments, **({"prompt": 0} if args.prompt else {}), **({"class_labels": 0} if labels else {})}
     unknown = [f"--{name.replace('_', '-')}" for name in given if name not in known]
@@ -40,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         call |= {"prompt": [args.prompt] * number} if args.prompt else {}
         call |= {"class_labels": labels[part]} if labels else {}
         call |= {"batch_size": number} if "batch_size" in known else {}
+        if "num_images_per_prompt" in known and "prompt" not in known:
+            call["num_images_per_prompt"] = number
         drawn: Any = pipe(**call)
         for i, image in enumerate(drawn.images, start=start):
             path = plan.path(i, count, prompt=args.prompt or pipe.name, seed=seeds[i])

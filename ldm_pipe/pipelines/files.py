@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,15 @@ from ldm_pipe.unet.config_2d import OWN_CLASS_2D
 
 OWN_UNCONDITIONAL = "UnconditionalPipeline"  # by class, or with a network that no pipeline of diffusers draws with
 OWN_SUPER_RESOLUTION = "SuperResolutionPipeline"  # in pixels
+_UNCLIP = (
+    "text_encoder",
+    "text_proj",
+    "decoder",
+    "super_res_first",
+    "super_res_last",
+    "decoder_scheduler",
+    "super_res_scheduler",
+)
 CLASSES: dict[str, tuple[str, ...]] = {  # the pipelines of diffusers, and the parts they need
     "DDPMPipeline": ("unet", "scheduler"),
     "DDIMPipeline": ("unet", "scheduler"),
@@ -51,12 +60,20 @@ CLASSES: dict[str, tuple[str, ...]] = {  # the pipelines of diffusers, and the p
     "IFSuperResolutionPipeline": ("unet", "scheduler", "image_noising_scheduler"),
     "LDMSuperResolutionPipeline": ("unet", "vqvae", "scheduler"),
     OWN_SUPER_RESOLUTION: ("unet", "scheduler"),
+    "UnCLIPPipeline": ("prior", "prior_scheduler", *_UNCLIP),
+    "UnCLIPImageVariationPipeline": ("image_encoder", *_UNCLIP),
 }
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel", OWN_CLASS_2D),
     "vae": ("AutoencoderKL",),
     "vqvae": ("VQModel", "AutoencoderKL"),
-    "text_encoder": ("CLIPTextModel", *T5_CLASSES.values()),
+    "prior": ("PriorTransformer",),
+    "text_proj": ("UnCLIPTextProjModel",),
+    "decoder": ("UNet2DConditionModel",),
+    "super_res_first": ("UNet2DModel",),
+    "super_res_last": ("UNet2DModel",),
+    "image_encoder": ("CLIPVisionModelWithProjection",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", *T5_CLASSES.values()),
     "tokenizer": (
         "CLIPTokenizer",
         "CLIPTokenizerFast",
@@ -66,7 +83,14 @@ PARTS = {
         "TokenizersBackend",  # what transformers 5 calls the former
     ),
 }
-SCHEDULERS = ("scheduler", "low_res_scheduler", "image_noising_scheduler")
+SCHEDULERS = (
+    "scheduler",
+    "low_res_scheduler",
+    "image_noising_scheduler",
+    "prior_scheduler",
+    "decoder_scheduler",
+    "super_res_scheduler",
+)
 IGNORED = ("safety_checker", "feature_extractor", "watermarker", "requires_safety_checker", "max_noise_level")
 
 
@@ -111,7 +135,7 @@ def read_index(root: Path, known: Iterable[str]) -> Mapping[str, Any]:
                 raise LdmPipeError(f"{part} is a {class_name!r:.80}", where, "Known are diffusers' schedulers.")
         elif class_name is None and part in ("text_encoder", "tokenizer"):
             continue  # diffusers' IF is often saved without: prompts come as embeddings then
-        elif part not in PARTS or class_name not in PARTS[part]:
+        elif part not in (*CLASSES[name], "text_encoder", "tokenizer") or class_name not in PARTS[part]:
             listed = ", ".join(PARTS.get(part, tuple(PARTS)))
             raise LdmPipeError(f"the part {part!r:.80} is a {class_name!r:.80}", where, f"Known: {listed}.")
     missing = [part for part in CLASSES[name] if not isinstance(index.get(part), list)]
@@ -120,7 +144,14 @@ def read_index(root: Path, known: Iterable[str]) -> Mapping[str, Any]:
     return index
 
 
-def load(
+def load(name: str | Path | None, known: Iterable[str], **options: Any) -> Loaded:
+    """Load every part of a folder strictly; arguments are those of `opened`."""
+    with opened(name, known, **options) as (root, index, named, common):
+        return _load(root, index, named, common)
+
+
+@contextlib.contextmanager
+def opened(
     name: str | Path | None,
     known: Iterable[str],
     *,
@@ -131,12 +162,13 @@ def load(
     local_files_only: bool = False,
     revision: str | None = None,
     device: str | torch.device = "cpu",
-) -> Loaded:
-    """Load every part of a folder strictly; arguments are those of `LatentDiffusionPipeline.from_pretrained`.
+) -> Iterator[tuple[Path, Mapping[str, Any], Path, dict[str, Any]]]:
+    """Open a folder for its parts to be read; arguments are those of `LatentDiffusionPipeline.from_pretrained`.
 
     Args:
         name: a folder, or a model of the hub.
         known: the classes of `model_index.json` that fit.
+    Returns: the folder without pickles, its checked index, the folder itself, and what every part is loaded with.
     Raises: LdmPipeError naming file and cause.
     """
     if name is None:
@@ -147,12 +179,12 @@ def load(
     source: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision, "pickles": pickles}
     root = find_folder(name, variant=variant, **source)
     with without_pickles(root) if pickles else contextlib.nullcontext(root) as safe:
-        return _load(safe, read_index(root, known), root, {"dtype": chosen, "variant": variant, "device": device})
+        yield safe, read_index(root, known), root, {"dtype": chosen, "variant": variant, "device": device}
 
 
 def _load(root: Path, index: Mapping[str, Any], named: Path, common: Mapping[str, Any]) -> Loaded:
     own = read_own(root)
-    laws = {part: _read_law(root / part) for part in SCHEDULERS if part in index}
+    laws = {part: read_law(root / part) for part in SCHEDULERS if part in index}
     with _config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", **common)
         unet.to(memory_format=torch.channels_last)
@@ -173,7 +205,7 @@ def _load(root: Path, index: Mapping[str, Any], named: Path, common: Mapping[str
         laws["scheduler"],
         next((law for part, law in laws.items() if part != "scheduler"), None),
         defaults,
-        str(own.get("name") or named.resolve().name)[:200],
+        name_of(root, named),
         own,
     )
 
@@ -182,7 +214,7 @@ def _load_texts(root: Path, index: Mapping[str, Any], common: Mapping[str, Any])
     if not isinstance(index.get("text_encoder"), list) or index["text_encoder"][1] is None:
         return ()
     with _config_errors(root / "text_encoder"):
-        if index["text_encoder"][1] == "CLIPTextModel":
+        if index["text_encoder"][1].startswith("CLIP"):
             return (CLIPTextEncoder.from_pretrained(root / "text_encoder", tokenizer=root / "tokenizer", **common),)
         return (
             T5TextEncoder.from_pretrained(
@@ -191,7 +223,19 @@ def _load_texts(root: Path, index: Mapping[str, Any], common: Mapping[str, Any])
         )
 
 
-def _read_law(folder: Path) -> Law:
+def load_part(folder: Path, cls: Any, common: Mapping[str, Any], **more: Any) -> Any:
+    """Load one network strictly. Raises: LdmPipeError naming file and cause."""
+    with _config_errors(folder):
+        return cls.from_pretrained(folder, **common, **more)
+
+
+def name_of(root: Path, named: Path) -> str:
+    """Return the name of a model: as `ldm_pipe.json` has it, else that of its folder."""
+    return str(read_own(root).get("name") or named.resolve().name)[:200]
+
+
+def read_law(folder: Path) -> Law:
+    """Read the noise law of a scheduler's folder."""
     config = read_json(folder / "scheduler_config.json")
     if not isinstance(config, dict):
         raise LdmPipeError("a config must be a JSON object", str(folder / "scheduler_config.json"))
@@ -252,11 +296,13 @@ def write(
     *,
     dtype: Any = None,
     variant: str | None = None,
+    further: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a folder whole or not at all: into a staging folder beside the target, then moved over.
 
     Args:
         own: for `ldm_pipe.json`.
+        further: content of other JSON files by their path.
         dtype: of all weights on disk; None keeps that in memory.
     Raises: LdmPipeError if something cannot be written.
     """
@@ -272,9 +318,9 @@ def write(
             if network is not None and part == "text_encoder":
                 _state_dtype(staging / part / "config.json")
                 network.tokenizer.save_pretrained(staging / "tokenizer")
-        for part, config in schedulers.items():
-            atomic_write(staging / part / "scheduler_config.json", json.dumps(config, indent=2) + "\n")
-        atomic_write(staging / "model_index.json", json.dumps(index, indent=2) + "\n")
+        files = {f"{part}/scheduler_config.json": config for part, config in schedulers.items()}
+        for path, content in {**files, **(further or {}), "model_index.json": index}.items():
+            atomic_write(staging / path, json.dumps(content, indent=2) + "\n")
         text = json.dumps({"format_version": FORMAT_VERSION, **own}, indent=2, ensure_ascii=False)
         atomic_write(staging / OWN_FILE, text + "\n")
 

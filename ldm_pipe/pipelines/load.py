@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from ldm_pipe.interop.folder import find_folder
 from ldm_pipe.pipeline import LatentDiffusionPipeline
-from ldm_pipe.pipelines import files, pixel, super_resolution, unconditional, upscale
+from ldm_pipe.pipelines import files, pixel, super_resolution, unclip, unconditional, upscale
 
 AnyPipeline: TypeAlias = (
     LatentDiffusionPipeline
@@ -19,6 +19,8 @@ AnyPipeline: TypeAlias = (
     | pixel.PixelDiffusionPipeline
     | upscale.UpscalePipeline
     | super_resolution.SuperResolutionPipeline
+    | unclip.UnCLIPPipeline
+    | unclip.UnCLIPImageVariationPipeline
 )
 
 
@@ -43,5 +45,9 @@ def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline
             return upscale.UpscalePipeline.from_pretrained(root, **options)
         case super_resolution.CLASS | files.OWN_SUPER_RESOLUTION:
             return super_resolution.SuperResolutionPipeline.from_pretrained(root, **options)
+        case unclip.TEXT:
+            return unclip.UnCLIPPipeline.from_pretrained(root, **options)
+        case unclip.IMAGE:
+            return unclip.UnCLIPImageVariationPipeline.from_pretrained(root, **options)
         case _:  # what it does not draw either it refuses, by name
             return LatentDiffusionPipeline.from_pretrained(root, **options)
