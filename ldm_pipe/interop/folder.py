@@ -57,6 +57,7 @@ RUN_PIPELINE = "pipeline"  # the folder inside a training run
 ZERO_KEY = "zero_empty_prompt"  # in ldm_pipe.json, where the index has no place for it
 XL_GUIDANCE = 5.0  # guidance scale of diffusers' SDXL pipelines where none is asked for
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+OF_UNCLIP = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def find_folder(
     dot = f".{variant}" if variant else ""
     patterns = ["*.json", "README.md", "tokenizer/*", f"{tokenizer_folder(SECOND)}/*", "scheduler/*"]
     named = {name: WEIGHTS[part] for part, name in LDM_NAMES.items()} | {SECOND: WEIGHTS["text_encoder"]}
+    named |= {**dict.fromkeys(OF_UNCLIP, WEIGHTS["unet"]), "image_encoder": "model"}
     for part, file in (WEIGHTS | named).items():
         patterns += [f"{part}/config.json", f"{part}/{file}{dot}.safetensors", f"{part}/{file}{dot}-*.safetensors"]
         patterns += [f"{part}/{file}.safetensors.index{dot}.json"]

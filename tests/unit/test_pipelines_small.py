@@ -131,7 +131,7 @@ def test_the_shipped_kind_of_folder_is_opened_too() -> None:
 
 
 WRONG: list[tuple[str, str, Callable[[Any], Any]]] = [
-    ("unknown pipeline", "model_index.json", lambda j: j.update(_class_name="UnCLIPPipeline")),
+    ("unknown pipeline", "model_index.json", lambda j: j.update(_class_name="KandinskyPipeline")),
     ("custom code", "model_index.json", lambda j: j.update(unet=["my_module", "MyUNet"])),
     ("unknown part", "model_index.json", lambda j: j.update(prior=["diffusers", "PriorTransformer"])),
     ("scheduler from elsewhere", "model_index.json", lambda j: j.update(scheduler=["os", "system"])),

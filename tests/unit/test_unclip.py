@@ -205,6 +205,21 @@ def test_a_folder_is_opened_by_the_class_that_wrote_it(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", MAKERS)
+def test_the_hub_is_asked_for_every_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    MAKERS[name][0]().save_pretrained(tmp_path)
+    written = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+
+    def fetched(*_: Any, allow_patterns: list[str], **__: Any) -> Path:
+        assert sorted(filter_repo_objects(written, allow_patterns=allow_patterns)) == sorted(written)
+        return tmp_path
+
+    monkeypatch.setattr("ldm_pipe.interop.folder.resolve_folder", fetched)
+    assert ldm_pipe.load_pipeline("owner/name").name
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_picture_belongs_to_its_seed(name: str) -> None:
     """Every stage draws from the picture's own generator, whatever the batch."""
     make, call = MAKERS[name]
