@@ -15,6 +15,7 @@ import torch
 
 from conditioning import CLIPTextEncoder, ClipTokenizer
 from conditioning.tokenizer import train_bpe
+from tests.text_encoders import clip_fields
 
 transformers = pytest.importorskip("transformers", reason="the reference")
 
@@ -89,17 +90,7 @@ def test_a_folder_saved_by_transformers_is_read(tmp_path: Path) -> None:
 
 
 def reference(projection: bool, **changes: Any) -> Any:
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        max_position_embeddings=24,
-        projection_dim=20,
-        bos_token_id=TOKENIZER.start_id,
-        **{"eos_token_id": TOKENIZER.end_id, "pad_token_id": TOKENIZER.pad_id, **changes},
-    )
+    config = transformers.CLIPTextConfig(**clip_fields(TOKENIZER, **changes))
     torch.manual_seed(0)
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     model = kind(config).eval()

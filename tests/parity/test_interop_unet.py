@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm_pipe.unet import UNet
 from ldm_pipe.unet.config import DEFAULTS
 from ldm_pipe.unet.config_2d import DEFAULTS_2D
+from tests.pipelines import OF_ADM, OF_IF, fill
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -41,35 +42,17 @@ SUPER_RESOLUTION = {
 }
 ADM = {
     **LDM,
-    "out_channels": 6,
+    **OF_ADM,
     "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "resnet_time_scale_shift": "scale_shift",
-    "attn_norm_num_groups": 4,
-    "num_class_embeds": 5,
 }
 UNATTENDED = {**LDM, "add_attention": False, "class_embed_type": "timestep", "center_input_sample": True}
 NO_MID_NORM = {**LDM, "resnet_time_scale_shift": "scale_shift", "class_embed_type": "identity"}
 IF_I: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 6,
+    **OF_IF,
     "block_out_channels": [16, 32, 32],
     "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 32,
-    "encoder_hid_dim": 24,
-    "encoder_hid_dim_type": "text_proj",
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 4,
-    "cross_attention_norm": "group_norm",
-    "act_fn": "gelu",
-    "resnet_time_scale_shift": "scale_shift",
 }
 IF_II = {
     **IF_I,
@@ -112,14 +95,8 @@ TOKENS = _numbers(2, 2, 5, 24)
 
 
 def _pair(class_name: str, config: dict[str, Any]) -> tuple[Any, UNet]:
-    """Build theirs and ours with the same weights, every one random (zero biases and unit norms hide mistakes)."""
-    theirs = getattr(diffusers, class_name)(**config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in theirs.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            width = 0.2 if value.ndim == 1 else value[0].numel() ** -0.5
-            value.copy_(around + width * torch.randn(value.shape, generator=generator))
+    """Build theirs and ours with the same weights, every one random."""
+    theirs = fill(getattr(diffusers, class_name)(**config))
     ours = UNet.from_config({"_class_name": class_name, **config}).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours

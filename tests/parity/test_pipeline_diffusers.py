@@ -17,17 +17,14 @@ from PIL import Image
 
 from ldm_pipe import LatentDiffusionPipeline, NoiseSchedule, UNet
 from ldm_pipe.interop.export import compare_with_diffusers, export_diffusers
+from tests.pipelines import TINY, quiet
 
 diffusers = pytest.importorskip("diffusers", reason="the reference")
-
-TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
 
 
 @pytest.fixture(scope="module")
 def tiny() -> LatentDiffusionPipeline:
-    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(LatentDiffusionPipeline.from_pretrained(TINY))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ fp32, the same operators in another order: 1e-4 of [0, 1], as in test_pipeline_d
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ import torch
 
 from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
+from tests.pipelines import TINY, tiny
 
 diffusers = pytest.importorskip("diffusers", reason="the reference")
 
-TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
 CALL: dict[str, Any] = {
     "prompt": ["red apple", "a worm"],
     "num_inference_steps": 6,
@@ -34,9 +33,7 @@ def theirs() -> Any:
 
 @pytest.fixture
 def ours() -> LatentDiffusionPipeline:
-    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny()
 
 
 def latents() -> torch.Tensor:

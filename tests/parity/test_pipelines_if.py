@@ -11,33 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ldm_pipe import load_pipeline
 from ldm_pipe.pipelines import PixelDiffusionPipeline, UpscalePipeline
+from ldm_pipe.pipelines.pixel import fitting
 from ldm_pipe.pretrained import LdmPipeError
+from tests.pipelines import OF_IF, close, quiet, seeded, unit
+from tests.text_encoders import unigram_tokenizer
 
 diffusers = pytest.importorskip("diffusers", reason="the reference")
 transformers = pytest.importorskip("transformers")
 
 STAGE_1: dict[str, Any] = {
+    **OF_IF,
     "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 6,
     "block_out_channels": [16, 32],
     "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 32,
-    "encoder_hid_dim": 24,
-    "encoder_hid_dim_type": "text_proj",
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 4,
-    "cross_attention_norm": "group_norm",
-    "act_fn": "gelu",
-    "resnet_time_scale_shift": "scale_shift",
 }
 STAGE_2 = {**STAGE_1, "sample_size": 16, "in_channels": 6, "class_embed_type": "timestep"}
 LAW: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}
@@ -46,21 +38,9 @@ PROMPT = "A Red Apple, please"
 
 def texts(tmp_path: Path) -> dict[str, Any]:
     """Make a tiny T5 and its Unigram tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(["a red apple, please", "smiling face with big eyes"] * 5, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    library = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
     torch.manual_seed(1)
     config = transformers.T5Config(vocab_size=70, d_model=24, d_kv=8, num_heads=3, d_ff=32, num_layers=2)
-    return {"tokenizer": library, "text_encoder": transformers.T5EncoderModel(config).eval()}
+    return {"tokenizer": unigram_tokenizer(), "text_encoder": transformers.T5EncoderModel(config).eval()}
 
 
 def pipeline(kind: str, tmp_path: Path, **law: Any) -> Any:
@@ -74,28 +54,11 @@ def pipeline(kind: str, tmp_path: Path, **law: Any) -> Any:
     if kind == "IFSuperResolutionPipeline":
         parts["image_noising_scheduler"] = diffusers.DDPMScheduler(**LAW)
     pipe = getattr(diffusers, kind)(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(pipe)
 
 
 def load(kind: Any, path: Path) -> Any:
-    pipe = kind.from_pretrained(path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def unit(image: Any) -> Tensor:
-    """Bring diffusers' "np" pictures into our form."""
-    return torch.from_numpy(image).permute(0, 3, 1, 2)
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    assert theirs.std() > 0.05, "a flat picture shows nothing"
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    return quiet(kind.from_pretrained(path))
 
 
 CALL: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "eyes", "num_inference_steps": 5}
@@ -162,3 +125,54 @@ def test_without_a_text_encoder_embeddings_are_asked_for(tmp_path: Path) -> None
 def _saved(pipe: Any, path: Path) -> Path:
     pipe.save_pretrained(path)
     return path
+
+
+def mask() -> Tensor:
+    """Paint the right half anew."""
+    return (torch.arange(8) >= 4).float().expand(1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["IFImg2ImgPipeline", "IFInpaintingPipeline"])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_from_a_picture(strength: float, kind: str, tmp_path: Path) -> None:
+    """Stage I from a diffused picture, or into a part of one, of which the rest is shown without noise."""
+    theirs = pipeline(kind, tmp_path)
+    theirs.save_pretrained(tmp_path)
+    ours: Any = quiet(load_pipeline(tmp_path))
+    assert type(ours) is PixelDiffusionPipeline
+    picture = torch.rand((1, 3, 8, 8), generator=seeded(7))
+    call = {**CALL, "guidance_scale": 3.0, "num_images_per_prompt": 2, "strength": strength}
+    call |= {"mask_image": mask()} if kind == "IFInpaintingPipeline" else {}
+    wanted = theirs(**call, image=picture * 2 - 1, generator=seeded(), clean_caption=False, output_type="np").images
+    got = ours(**call, image=picture, generator=seeded(), output_type="pt").images
+    close(got, unit(wanted))
+    if kind == "IFInpaintingPipeline":
+        torch.testing.assert_close(got[..., :4], picture.expand(2, -1, -1, -1)[..., :4], rtol=0, atol=1e-6)
+
+
+def test_a_picture_is_brought_to_the_size_of_the_training(tmp_path: Path) -> None:
+    """The shorter side is the U-Net's, the longer one a multiple of 8, as diffusers does; its defaults are told apart."""
+    from diffusers.pipelines.deepfloyd_if.pipeline_if_img2img import resize
+
+    ours = load(PixelDiffusionPipeline, _saved(pipeline("IFPipeline", tmp_path), tmp_path / "model"))
+    for size in ((40, 21), (21, 40), (8, 8), (30, 31)):
+        assert fitting(size[::-1], 64) == resize(Image.new("RGB", size), 64).size[::-1]
+    picture = Image.new("RGB", (40, 21), "red")
+    few: dict[str, Any] = {"prompt": PROMPT, "image": picture, "seed": 1, "strength": 0.05, "output_type": "pt"}
+    drawn = ours(**few)
+    assert drawn.images.shape == (1, 3, 8, 16)
+    assert {key: drawn.infos[0].settings[key] for key in ("Steps", "CFG scale")} == {"Steps": "80", "CFG scale": "10"}
+    assert ours(**few, height=16, width=8).images.shape == (1, 3, 16, 8)
+    alone = ours(**{**few, "seed": 2}).images[0]
+    torch.testing.assert_close(ours(**few, num_images_per_prompt=2).images[1], alone, rtol=0, atol=1e-4)
+    for wrong in (
+        {"image": None, "mask_image": picture},
+        {"strength": 0.0},
+        {"strength": 1.5},
+        {"num_inference_steps": 5},
+        {"image": [picture, picture]},
+        {"latents": torch.zeros(1, 3, 8, 16)},
+        {"mask_image": 3},
+    ):
+        with pytest.raises(LdmPipeError):
+            ours(**{**few, **wrong})

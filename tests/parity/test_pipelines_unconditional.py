@@ -15,41 +15,17 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.pipelines import UnconditionalPipeline
+from tests.pipelines import AUTOENCODER, OF_ADM, UNET_2D, close, quiet, seeded
 
 diffusers = pytest.importorskip("diffusers", reason="the reference")
 
-UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [16, 32],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 8,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
 ADM = {
-    **UNET,
-    "out_channels": 6,
+    **UNET_2D,
+    **OF_ADM,
     "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "resnet_time_scale_shift": "scale_shift",
-    "attn_norm_num_groups": 4,
-    "num_class_embeds": 5,
 }
-VQ: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 3,
-    "num_vq_embeddings": 16,
-    "sample_size": 16,
-    "scaling_factor": 0.5,
-}
+VQ = {**AUTOENCODER, "num_vq_embeddings": 16, "scaling_factor": 0.5}
 
 
 def unet(config: dict[str, Any]) -> Any:
@@ -67,23 +43,7 @@ def folder(pipe: Any, path: Path) -> Path:
 
 
 def load(path: Path) -> UnconditionalPipeline:
-    pipe = UnconditionalPipeline.from_pretrained(path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    assert theirs.std() > 0.05, "a flat picture shows nothing"
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    return quiet(UnconditionalPipeline.from_pretrained(path))
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -91,7 +51,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def test_ddpm(variance: str, clip: bool, tmp_path: Path) -> None:
     """Ancestral: the same generator draws the same noise; clip_sample, which pixels rely on, and the variance count."""
     scheduler = diffusers.DDPMScheduler(variance_type=variance, clip_sample=clip)
-    theirs = quiet(diffusers.DDPMPipeline(unet(UNET), scheduler))
+    theirs = quiet(diffusers.DDPMPipeline(unet(UNET_2D), scheduler))
     ours = load(folder(theirs, tmp_path))
     call: dict[str, Any] = {"batch_size": 2, "num_inference_steps": 10, "output_type": "pt"}
     close(ours(**call, generator=seeded()).images, theirs(**call, generator=seeded()).images)
@@ -104,7 +64,7 @@ def test_ddpm(variance: str, clip: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("clip", [True, False])
 def test_ddim(eta: float, clip: bool, tmp_path: Path) -> None:
     """With clip_sample diffusers clips x0, but goes along the eps of before, unless use_clipped_model_output."""
-    theirs = quiet(diffusers.DDIMPipeline(unet(UNET), diffusers.DDIMScheduler(clip_sample=clip)))
+    theirs = quiet(diffusers.DDIMPipeline(unet(UNET_2D), diffusers.DDIMScheduler(clip_sample=clip)))
     ours = load(folder(theirs, tmp_path))
     call: dict[str, Any] = {"batch_size": 2, "num_inference_steps": 10, "eta": eta, "output_type": "pt"}
     close(ours(**call, generator=seeded()).images, theirs(**call, generator=seeded()).images)
@@ -122,7 +82,7 @@ def test_latent_diffusion_without_words(name: str, tmp_path: Path) -> None:
     scheduler = getattr(diffusers, name)(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
     if name == "DDIMScheduler":
         scheduler = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-    theirs = quiet(diffusers.LDMPipeline(vqvae=vqvae, unet=unet(UNET), scheduler=scheduler))
+    theirs = quiet(diffusers.LDMPipeline(vqvae=vqvae, unet=unet(UNET_2D), scheduler=scheduler))
     ours = load(folder(theirs, tmp_path))
     wanted = torch.from_numpy(theirs(2, generator=seeded(), num_inference_steps=10, output_type="np").images)
     got = ours(2, generator=seeded(), num_inference_steps=10, output_type="pt").images
@@ -133,7 +93,7 @@ def test_latent_diffusion_without_words(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["set", "call"])
 def test_a_scheduler_object_does_what_its_config_says(way: str, tmp_path: Path) -> None:
     """As in diffusers, one is swapped for another by its config; clip_sample is then its own business."""
-    theirs = quiet(diffusers.DDIMPipeline(unet(UNET), diffusers.DDIMScheduler()))
+    theirs = quiet(diffusers.DDIMPipeline(unet(UNET_2D), diffusers.DDIMScheduler()))
     ours = load(folder(diffusers.DDPMPipeline(theirs.unet, diffusers.DDPMScheduler()), tmp_path))
     call: dict[str, Any] = {"batch_size": 2, "num_inference_steps": 10, "output_type": "pt"}
     wanted = theirs(**call, generator=seeded()).images
@@ -179,7 +139,7 @@ def test_diffusers_draws_what_was_written(kind: str, tmp_path: Path, caplog: pyt
     """Read, written, read by diffusers without a word, drawn: the same picture a third time."""
     ancestral = diffusers.DDPMScheduler(variance_type="fixed_large")
     scheduler = ancestral if kind == "DDPM" else diffusers.DDIMScheduler(clip_sample=kind == "DDIM")
-    parts: dict[str, Any] = {"unet": unet(UNET), "scheduler": scheduler}
+    parts: dict[str, Any] = {"unet": unet(UNET_2D), "scheduler": scheduler}
     if kind == "LDM":
         torch.manual_seed(1)
         parts["vqvae"] = diffusers.VQModel(**VQ).eval()

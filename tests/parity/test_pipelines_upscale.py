@@ -15,6 +15,7 @@ from conditioning.tokenizer import train_bpe
 from ldm_pipe.interop.lora import LoraLayer, save_lora
 from ldm_pipe.pipelines import SuperResolutionPipeline, UpscalePipeline
 from ldm_pipe.pretrained import LdmPipeError
+from tests.pipelines import close, quiet, seeded
 
 diffusers = pytest.importorskip("diffusers", reason="the reference")
 transformers = pytest.importorskip("transformers")
@@ -88,22 +89,11 @@ def x4(tmp_path: Path, **scheduler: Any) -> Any:
 
 
 def load(kind: Any, path: Path) -> Any:
-    pipe = kind.from_pretrained(path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return quiet(kind.from_pretrained(path))
 
 
 def pictures(count: int = 1, side: int = 8) -> Tensor:
     return torch.rand((count, 3, side, side), generator=seeded(7))
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    assert theirs.std() > 0.05, "a flat picture shows nothing"
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

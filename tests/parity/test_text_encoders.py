@@ -16,24 +16,14 @@ import torch
 from conditioning import CLIPTextEncoder, T5TextEncoder, TransformerTextEncoder, load_text_encoder
 from conditioning.text import DEEPFLOYD_IF, KARLO, SDXL, SDXL_2, Reading
 from ldm_pipe.pretrained import LdmPipeError, save_tensors
-from tests.text_encoders import CLOSE, PROMPTS, TOKENIZER, draw, tokenizer_folder
+from tests.text_encoders import CLOSE, PROMPTS, clip_fields, draw, tokenizer_folder, unigram_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the reference")
 
 
 def clip_folder(folder: Path, *, projection: bool = False, **changes: Any) -> Any:
     """Save a tiny CLIP text model of transformers and its tokenizer."""
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        max_position_embeddings=24,
-        projection_dim=20,
-        bos_token_id=TOKENIZER.start_id,
-        **{"eos_token_id": TOKENIZER.end_id, "pad_token_id": TOKENIZER.pad_id, **changes},
-    )
+    config = transformers.CLIPTextConfig(**clip_fields(**changes))
     model = draw((transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config))
     model.save_pretrained(folder)
     return model
@@ -140,18 +130,7 @@ def test_karlo(tmp_path: Path) -> None:
 
 def t5_folder(root: Path, kind: str = "t5", **changes: Any) -> Any:
     """Save a tiny encoder of the T5 family and a Unigram tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(["a red apple, please", "smiling face with big eyes"] * 5, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    library = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    library = unigram_tokenizer()
     library.save_pretrained(root / "tokenizer")
     classes = {
         "t5": (transformers.T5Config, transformers.T5EncoderModel),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.unet import UNet
+from tests.pipelines import fill
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -72,14 +73,8 @@ def _numbers(seed: int, *shape: int) -> Tensor:
 
 
 def _pair(config: dict[str, Any]) -> tuple[Any, UNet]:
-    """Build theirs and ours with the same weights, every one random (zero biases and unit norms hide mistakes)."""
-    theirs = diffusers.UNet2DConditionModel(**config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in theirs.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            width = 0.2 if value.ndim == 1 else value[0].numel() ** -0.5
-            value.copy_(around + width * torch.randn(value.shape, generator=generator))
+    """Build theirs and ours with the same weights, every one random."""
+    theirs = fill(diffusers.UNet2DConditionModel(**config))
     ours = UNet.from_config(config).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,14 @@ from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers import ddim_inversion
 from ldm_pipe.schedule import Law
+from tests.pipelines import tiny
 
-TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
 SHAPE = (1, 4, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def pipe() -> LatentDiffusionPipeline:
-    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny()
 
 
 @pytest.fixture(scope="module")

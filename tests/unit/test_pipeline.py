@@ -14,16 +14,14 @@ from PIL import Image
 from conditioning import Condition
 from ldm_pipe import LatentDiffusionPipeline, UNet, samplers
 from ldm_pipe.pretrained import LdmPipeError
+from tests.pipelines import tiny
 
-TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
 LATENTS = (4, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def pipe() -> LatentDiffusionPipeline:
-    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,12 @@ from hypothesis import strategies as st
 
 from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
-
-TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
+from tests.pipelines import tiny
 
 
 @pytest.fixture(scope="module")
 def pipe() -> LatentDiffusionPipeline:
-    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny()
 
 
 class Odd:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -17,17 +16,15 @@ from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import check_request
 from ldm_pipe.schedule import Law
 from ldm_pipe.spacing import Spacing
+from tests.pipelines import TINY, tiny
 
-TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
 CONFIG = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
 LATENT: dict[str, Any] = {"prompt": "red apple", "seed": 3, "output_type": "latent"}
 
 
 @pytest.fixture(scope="module")
 def pipe() -> LatentDiffusionPipeline:
-    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny()
 
 
 def with_law(pipe: LatentDiffusionPipeline, law: Law, unet: UNet | None = None) -> LatentDiffusionPipeline:

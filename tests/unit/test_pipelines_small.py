@@ -27,28 +27,9 @@ from ldm_pipe.pipelines import (
 from ldm_pipe.pipelines.checks import thresholding_of
 from ldm_pipe.png_info import read_png_info
 from ldm_pipe.pretrained import LdmPipeError
+from tests.pipelines import AUTOENCODER, TINY, UNET_2D, quiet
 
-TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
-UNET: dict[str, Any] = {
-    "_class_name": "UNet2DModel",
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [16, 32],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 8,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
-AUTOENCODER: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 3,
-    "sample_size": 16,
-}
+UNET: dict[str, Any] = {"_class_name": "UNet2DModel", **UNET_2D}
 LAW = NoiseSchedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
 FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
 
@@ -56,11 +37,6 @@ FEW: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
 def network(**changes: Any) -> UNet:
     torch.manual_seed(0)
     return UNet.from_config({**UNET, **changes}).eval()
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def unconditional(**changes: Any) -> UnconditionalPipeline:

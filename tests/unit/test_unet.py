@@ -20,6 +20,7 @@ from ldm_pipe.unet.config import read_config, write_config
 from ldm_pipe.unet.config_2d import read_config_2d, write_config_2d
 from ldm_pipe.unet.convolution import Conv3x3, doubling_convolution, doubling_kernel
 from ldm_pipe.unet.layers import Upsample, pointwise
+from tests.pipelines import fill
 
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "data" / "full_size_configs.json").read_text())
 UNETS = sorted(name for name, entry in FULL_SIZE.items() if str(entry).find("'UNet2D") >= 0)
@@ -40,14 +41,7 @@ def _numbers(seed: int, *shape: int) -> Tensor:
 
 
 def _tiny(**changes: Any) -> UNet:
-    net = UNet.from_config({**TINY, **changes}).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in net.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            width = 0.2 if value.ndim == 1 else value[0].numel() ** -0.5
-            value.copy_(around + width * torch.randn(value.shape, generator=generator))
-    return net
+    return fill(UNet.from_config({**TINY, **changes}))
 
 
 def _spread(value: Any) -> Any:
