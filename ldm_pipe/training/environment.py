@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.training.zero import check_zero, zero_stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,18 +26,19 @@ if TYPE_CHECKING:
 def start_processes(mixed_precision: str) -> Accelerator:
     """Join the processes that the launcher started; the run's config decides the precision, not the launcher.
 
-    Raises: LdmPipeError where DeepSpeed is asked for, and for fp16 without a GPU.
+    Raises: LdmPipeError for fp16 without a GPU, and where DeepSpeed cannot do what is asked for.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import patch_environment
 
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        fix = "Launch with configs/accelerate/fsdp2.yaml: it splits weights, gradients and optimiser, as ZeRO 3 does."
-        raise LdmPipeError("the launcher asks for DeepSpeed, which this trainer does not use", "accelerate launch", fix)
+    if zero_stage():
+        check_zero(mixed_precision)
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LdmPipeError("fp16 needs a GPU", "mixed_precision", "Use bf16 or no.")
     AcceleratorState._reset_state()  # an earlier run in this process (a notebook) may have had another precision
-    return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # accelerate starts the processes, zero.py DeepSpeed
+        return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
 
 
 def peak_memory(device: torch.device) -> int:

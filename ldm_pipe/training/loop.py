@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from ldm_pipe.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    optimizer_tensors,
     refuse_old_run,
     save_checkpoint,
     step_of,
@@ -40,6 +39,8 @@ from ldm_pipe.training.parts import Logs, Micro, Order, Part
 from ldm_pipe.training.records import Records, start_records
 from ldm_pipe.training.stop import StopSignal
 from ldm_pipe.training.summary import write_summary
+from ldm_pipe.training.update import Update, make_update
+from ldm_pipe.training.zero import ZeroUpdate, zero_stage
 
 
 class NonFiniteError(LdmPipeError):
@@ -86,8 +87,10 @@ class Trainer:
             torch.set_num_threads(config.num_threads)
         self.accelerator = start_processes(config.mixed_precision)
         self.sharded = sharding.sharding_wanted()
-        if self.sharded and len(parts) > 1:
-            raise LdmPipeError("FSDP trains one network, this run has several", "accelerate config", "Use DDP.")
+        self.split = self.sharded or zero_stage() > 0  # a checkpoint is gathered from all processes
+        if self.split and len(parts) > 1:
+            what = "FSDP and DeepSpeed train one network, this run has several"
+            raise LdmPipeError(what, "accelerate config", "Use DDP.")
         self.folder = Path(config.output_dir)
         self.is_main: bool = self.accelerator.is_main_process
         processes = self.accelerator.num_processes
@@ -103,8 +106,9 @@ class Trainer:
         self.frozen = {n: state.digest(self.raw[n], names) for n, names in self.left_out.items() if names}
         self.ema = {p.name: Ema(self.nets[p.name], p.ema_decay) for p in parts if p.ema_decay is not None}
         self.optimizers = {part.name: make_optimizer(self.nets[part.name], part.optim) for part in parts}
+        self.updates = {part.name: self._prepare(part) for part in parts}
         for part in parts:
-            part.module = self._prepare(self.nets[part.name])
+            part.module = self.updates[part.name].module
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.records: Records | None = None
         self.began = time.perf_counter()
@@ -117,24 +121,24 @@ class Trainer:
         module.to("cpu")  # waits there for whole weights
         return net
 
-    def _prepare(self, net: nn.Module) -> nn.Module:
+    def _prepare(self, part: Part) -> Update | ZeroUpdate:
+        net = self.nets[part.name]
         if self.config.torch_compile:
             net.compile()  # in place: the names of the weights stay as they are
-        if self.sharded:
-            return sharding.autocast(net, self.accelerator)
-        return self.accelerator.prepare(net)
+        limit = part.optim.max_grad_norm if part.clip else math.inf
+        return make_update(part.name, net, self.optimizers[part.name], limit, self.accelerator)
 
     # State
 
     def _groups(self) -> state.Groups:
-        """Gather all tensors of a checkpoint; where weights are sharded, all processes call this."""
+        """Gather all tensors of a checkpoint; where something is split, all processes call this."""
         groups: state.Groups = {n: dict(module.state_dict()) for n, module in self.kept.items()}
         for name, net in self.nets.items():
             groups[name] = state.module_tensors(net, self.left_out[name])
-            groups[f"{name}.optimizer"] = optimizer_tensors(self.optimizers[name])
+            groups[f"{name}.optimizer"] = self.updates[name].tensors()
             if name in self.ema:
                 groups[f"{name}.ema"] = self.ema[name].state_dict()
-        return state.gather(groups, keep=self.is_main) if self.sharded else groups
+        return state.gather(groups, keep=self.is_main) if self.split else groups
 
     def _facts(self) -> dict[str, Any]:
         """Say what run this is, for the checkpoint."""
@@ -144,7 +148,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present step, and the result beside it."""
-        groups = self._groups() if self.is_main or self.sharded else {}
+        groups = self._groups() if self.is_main or self.split else {}
         if self.is_main:
             scaler = self.accelerator.scaler
             facts = {**self._facts(), "skipped": self.skipped, "scaler": scaler.state_dict() if scaler else None}
@@ -174,7 +178,7 @@ class Trainer:
                 module.load_state_dict(groups[name], strict=True)
             for name, net in self.nets.items():
                 state.restore_module(net, groups[name], self.left_out[name])
-                state.restore_optimizer_state(self.optimizers[name], groups[f"{name}.optimizer"])
+                self.updates[name].restore(groups[f"{name}.optimizer"])
                 if name in self.ema:
                     self.ema[name].load_state_dict(groups[f"{name}.ema"])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -229,59 +233,30 @@ class Trainer:
         return micros
 
     def _train_part(self, part: Part, micros: list[Micro]) -> tuple[Logs, bool]:
-        """Do one optimiser step of one part; returns its logs and whether the gradient was finite.
-
-        Raises: LdmPipeError if the loss reaches none of the weights.
-        """
-        optimizer, scaler = self.optimizers[part.name], self.accelerator.scaler
+        """Do one optimiser step of one part; returns its logs and whether the gradient was finite."""
+        update = self.updates[part.name]
         lr = lr_at(self.step - part.start_step, part.optim, self.config.max_train_steps - part.start_step)
-        for group in optimizer.param_groups:
+        for group in self.optimizers[part.name].param_groups:
             group["lr"] = lr
         if len(self.parts) > 1:  # the loss of one part passes through the others
             self._let_train(part.name)
         logs: Logs = {}
         for i, micro in enumerate(micros):
-            with self._sync_only_if(i == len(micros) - 1, part.module):
+            with update.share(last=i == len(micros) - 1):
                 loss, values = part.loss(micro)
-                self.accelerator.backward(loss / len(micros))
+                update.backward(loss / len(micros))
             for key, value in {"loss": float(loss.detach()), **values}.items():
                 logs[key] = logs.get(key, 0.0) + value / len(micros)
-        if all(p.grad is None for p in self.trained[part.name]):
-            raise LdmPipeError(f"no gradient reaches the weights of {part.name}", "loss", "See what it is made of.")
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        norm = self._clip(part)
-        finite = math.isfinite(norm)
-        if scaler is not None:
-            scaler.step(optimizer)
-            scaler.update()
-        elif finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm, finite = update.step()
         if finite and part.name in self.ema:
             self.ema[part.name].update(self.nets[part.name], self.step)
         return {**logs, "grad_norm": norm, "lr": lr}, finite
-
-    def _clip(self, part: Part) -> float:
-        """Return the norm of the gradient; scale the gradient down where it exceeds the part's limit."""
-        trained, limit = self.trained[part.name], part.optim.max_grad_norm
-        total = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        norm = float(sharding.whole(total))
-        if part.clip and math.isfinite(norm) and norm > limit:
-            nn.utils.clip_grads_with_norm_(trained, limit, total)
-        return norm
 
     def _let_train(self, name: str | None) -> None:
         """Let gradients flow to the trained weights of one part; None: of all parts."""
         for part, parameters in self.trained.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in (None, part))
-
-    def _sync_only_if(self, last: bool, module: nn.Module) -> Any:
-        if self.sharded:
-            sharding.sync_gradients(module, last)
-            return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(module)
 
     def train_step(self) -> Logs:
         """Do step `self.step` for every part and count it.

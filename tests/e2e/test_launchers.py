@@ -55,10 +55,11 @@ def test_accelerate_reads_every_shipped_file() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = sorted(CONFIGS.glob("*.yaml"))
-    assert {file.stem for file in files} == {"cpu", "fsdp2", "gpu", "multi_gpu", "two_cpu"}
+    assert {file.stem for file in files} == {"cpu", "deepspeed_zero2", "fsdp2", "gpu", "multi_gpu", "two_cpu"}
     kinds = {file.stem: load_config_from_file(str(file)).distributed_type.value for file in files}
     assert kinds["fsdp2"] == "FSDP"
     assert kinds["multi_gpu"] == "MULTI_GPU"
+    assert kinds["deepspeed_zero2"] == "DEEPSPEED"
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
-from tests.ranks import FSDP2, assert_near, die, facts_of, rows_of, run_ranks, train
+from tests.ranks import FSDP2, ZERO, assert_near, die, facts_of, rows_of, run_ranks, train
 from tests.training import assert_same_bits, saved_state
 
 # Adam divides a gradient by its size, and so a rounding by itself where a gradient is next to nothing; with this
@@ -92,6 +94,48 @@ def test_fsdp2_trains_a_lora(tmp_path: Path) -> None:
     assert run_ranks(train, 1, tmp_path / "one", ONE, 2) == [0]
     assert run_ranks(train, 2, tmp_path / "two", TWO, 2, environ=FSDP2) == [0, 0]
     assert_near(saved_state(tmp_path / "two" / "checkpoint-20"), saved_state(tmp_path / "one" / "checkpoint-20"))
+
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_zero_trains_as_one_and_resumes_on_two_processes_and_on_one(
+    tmp_path: Path, one: Path, stage: int, lora: int
+) -> None:
+    """DeepSpeed's ZeRO 1 and 2, with accumulation: to rounding one process's run, resumed to the bit."""
+    if lora:
+        one = tmp_path / "one"
+        assert run_ranks(train, 1, one, ONE, lora) == [0]
+    environ = {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    assert run_ranks(train, 2, tmp_path / "two", TWO_ACCUMULATED, lora, environ=environ) == [0, 0]
+    facts, (whole,) = facts_of(tmp_path / "two", 2), facts_of(one, 1)
+    assert rows_of(facts) == rows_of([whole])
+    assert facts[0]["losses"] == pytest.approx(whole["losses"], abs=MOST_LOSS)
+    unbroken = saved_state(tmp_path / "two" / "checkpoint-20")
+    assert_near(unbroken, saved_state(one / "checkpoint-20"))
+    shutil.rmtree(tmp_path / "two" / "checkpoint-20")
+    shutil.copytree(tmp_path / "two", tmp_path / "alone")
+    resume: dict[str, Any] = {"resume_from_checkpoint": "latest"}
+    assert run_ranks(train, 2, tmp_path / "two", {**TWO_ACCUMULATED, **resume}, lora, environ=environ) == [0, 0]
+    assert_same_bits(saved_state(tmp_path / "two" / "checkpoint-20"), unbroken)
+    assert run_ranks(train, 1, tmp_path / "alone", {**ONE, **resume, "allow_config_change": True}, lora) == [0]
+    assert_near(saved_state(tmp_path / "alone" / "checkpoint-20"), unbroken)
+
+
+@pytest.mark.slow
+def test_fault_10_a_run_of_one_process_goes_on_with_two_and_accumulation(tmp_path: Path, one: Path) -> None:
+    shutil.copytree(one, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-20")
+    changes = {**TWO_ACCUMULATED, "resume_from_checkpoint": "latest", "allow_config_change": True}
+    assert run_ranks(train, 2, tmp_path / "run", changes) == [0, 0]
+    assert facts_of(tmp_path / "run", 2)[0]["losses"] == pytest.approx(
+        facts_of(one, 1)[0]["losses"][10:], abs=MOST_LOSS
+    )
+    assert_near(saved_state(tmp_path / "run" / "checkpoint-20"), saved_state(one / "checkpoint-20"))
 
 
 @pytest.mark.slow
