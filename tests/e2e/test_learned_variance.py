@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
 
@@ -75,11 +74,6 @@ def train(folder: Path, **changes: object) -> Path:
         picture = {"bytes": buffer.getvalue(), "path": None}
         rows.append({"image": picture, "id": name, "caption": name, "keywords": [name], "concept": name})
     pandas.DataFrame(rows).to_parquet(folder / "train.parquet")
-    spec = importlib.util.spec_from_file_location("train_diffusion", ROOT / "scripts" / "train_diffusion.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     tiny = ROOT / "tests" / "data" / "tiny_pipeline"
     config = {
         "output_dir": str(folder / "run"), "autoencoder": str(tiny / "vae"), "text_encoder": str(tiny),
@@ -95,7 +89,9 @@ def train(folder: Path, **changes: object) -> Path:
         },
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config | changes))
-    script.main(["--config", str(folder / "run.yaml")])
+    from scripts import train_diffusion
+
+    train_diffusion.main(["--config", str(folder / "run.yaml")])
     return folder / "run"
 
 
