@@ -13,8 +13,8 @@ import contextlib
 import copy
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -296,14 +296,7 @@ def write_folder(
     if index["_class_name"] == DEPTH:
         advice = "diffusers' pipeline asks for depth_estimator= and feature_extractor= when it loads the folder"
         warnings.warn(f"the depth estimator is no part of ours and is not written: {advice}", stacklevel=4)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise LdmPipeError(
-            f"cannot be written ({error.strerror or error})", str(target), "Choose another folder."
-        ) from error
-    try:
+    with staged(target) as staging:
         parts.unet.save_pretrained(staging / "unet", variant=variant, dtype=dtype)
         foldable(parts.autoencoder).save_pretrained(staging / theirs.get("vae", "vae"), variant=variant, dtype=dtype)
         for name, encoder in zip(folders_of(parts), parts.text_encoders, strict=True):
@@ -319,14 +312,6 @@ def write_folder(
         own = {"format_version": FORMAT_VERSION, **own}
         atomic_write(staging / OWN_FILE, _json(own))
         atomic_write(staging / OWN_FILE, _json({**own, "golden_sample": golden(staging, variant)}))
-        os.chmod(staging, 0o777 & ~_umask())
-        _move_over(staging, target)
-    except OSError as error:
-        raise LdmPipeError(
-            f"cannot be written ({error.strerror or error})", str(target), "Choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _scheduler(law: Law, sampler: str) -> dict[str, Any]:
@@ -352,14 +337,27 @@ def _state_dtype(path: Path) -> None:
     atomic_write(path, _json({**config, "dtype": "float32"}))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside the target, and move it over the target where the block ends well.
+
+    Raises: LdmPipeError if something cannot be written.
+    """
+    staging = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _move_over(staging, target)
+    except OSError as error:
+        raise LdmPipeError(
+            f"cannot be written ({error.strerror or error})", str(target), "Choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _move_over(staging: Path, target: Path) -> None:
