@@ -22,14 +22,13 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.measure import ROOT, SIDES, Row, Usage, compare, environment, machine, markdown, run
+from benchmarks.measure import ROOT, SIDES, Row, Usage, compare, environment, machine, markdown, run, write_results
 
 SHIPPED = ROOT / "ldm_pipe" / "assets" / "emoji"
 PARTS = ("cold", "warm", "train")
@@ -208,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts["load_average_after"] = machine()["load_average"]
     print(report(rows, checks, facts))
     if args.output:
-        result = {**facts, "rows": [asdict(r) | {"ratio": r.ratio, "met": r.met} for r in rows], "checks": checks}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, rows, {**facts, "checks": checks})
     return 0
 
 

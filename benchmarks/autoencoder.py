@@ -27,7 +27,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.against_diffusers import column, float_difference, memory, rates
-from benchmarks.measure import SIDES, Row, compare, machine, markdown
+from benchmarks.measure import SIDES, Row, compare, machine, markdown, write_results
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -266,8 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in checks.items():
         print(f"{name}: {value:.3g}")
     if args.output:
-        facts = {"machine": machine(), "rows": [vars(row) | {"ratio": row.ratio} for row in rows], "checks": checks}
-        args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, rows, {"machine": machine(), "checks": checks})
 
 
 if __name__ == "__main__":

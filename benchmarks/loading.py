@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.against_diffusers import row
-from benchmarks.measure import SIDES, Row, compare, machine, markdown, run
+from benchmarks.measure import SIDES, Row, compare, machine, markdown, run, write_results
 
 PARTS = ("load", "first")
 PROMPT = "red apple"
@@ -189,9 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"- {versions}")
     if args.output:
-        result = {**facts, "rows": [asdict(r) | {"ratio": r.ratio, "met": r.met} for r in rows]}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, rows, facts)
     return 0
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -144,6 +144,13 @@ def markdown(rows: Sequence[Row]) -> str:
         numbers = f"{spread(row.ours)} {row.unit} | {spread(row.diffusers)} {row.unit} | {spread(row.ratios)}"
         lines.append(f"| {row.name} | {numbers} | {aim} | {met} |")
     return "\n".join(lines)
+
+
+def write_results(path: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
+    """Write facts and rows as JSON, with every ratio and whether its aim is met."""
+    told = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "rows": told}, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

@@ -10,7 +10,6 @@ the tokens' keys and values kept over the steps, computed anew, and by diffusers
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -18,13 +17,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Row, interleave, machine, markdown
+from benchmarks.measure import Row, interleave, machine, markdown, write_results
 from conditioning import CLIPTextEncoder, ClipTokenizer, encode_weighted
 from ldm_pipe.interop.folder import SHIPPED
 from ldm_pipe.unet import UNet
@@ -122,10 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nthrough the prompt grammar: {parsed:.3f} of the plain encoding")
     print(f"keys and values kept save {1 - 1 / anew:.1%} of a step")
     if args.output:
-        rows = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in (encoding, step)]
-        result = {**facts, "rows": rows, "grammar_ratio": parsed, "kept_saves": 1 - 1 / anew}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, (encoding, step), {**facts, "grammar_ratio": parsed, "kept_saves": 1 - 1 / anew})
     return 0
 
 

@@ -9,20 +9,18 @@ step, in one process and one thread, by turns; diffusers in the loop of its pipe
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, interleave, machine, markdown
+from benchmarks.measure import Row, interleave, machine, markdown, write_results
 from ldm_pipe import samplers
 from ldm_pipe.denoiser import Denoiser
 from ldm_pipe.noise import Noise
@@ -130,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(markdown(rows))
     print(f"\nCPU time per step of {args.steps}, latents (1, 4, {args.size}, {args.size}), {args.repeats} pairs")
     if args.output:
-        result = {**facts, "rows": [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, rows, facts)
     return 0
 
 
