@@ -87,6 +87,7 @@ class _Names:
         """Return (network, module), or None."""
         for prefix, part in _KOHYA.items():
             if text.startswith(prefix):
+                part = "text_encoder_2" if prefix == "lora_te_" and part not in self.flat else part  # SDXL's refiner
                 name = self.flat.get(part, {}).get(text.removeprefix(prefix))
                 return (part, name) if name else None
         bare = text.removeprefix("base_model.model.")  # a folder of PEFT holds one network and does not say which
@@ -260,8 +261,15 @@ _SPELLED = {
 
 
 def _kohya(layers: Layers, networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Give layers kohya's names and LyCORIS' shapes.
+
+    A magnitude per output, a vector in PEFT, stands there with the weight's number of axes, (O, 1, ...): ComfyUI and
+    A1111 take its first axis for the outputs only so.
+    """
     unet, two = networks.get("unet"), "text_encoder_2" in networks
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
+    both = two and "text_encoder" in networks
+    first, second = ("lora_te1_", "lora_te2_") if both else ("lora_te_", "lora_te_")
+    prefixes = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": second}
     originals = _originals(unet, _modules(unet)) if two and isinstance(unet, UNet) else {}
     tensors: dict[str, Tensor] = {}
     for (part, module), layer in layers.items():
@@ -271,6 +279,9 @@ def _kohya(layers: Layers, networks: Mapping[str, nn.Module]) -> dict[str, Tenso
             value = getattr(layer, role, None)
             if isinstance(value, tuple):
                 tensors |= {f"{name}.{ending}_{letter}": x for letter, x in zip("ab", value, strict=True)}
+            elif role == "magnitude" and value is not None and value.ndim == 1:
+                weight: Any = networks[part].get_submodule(module).weight
+                tensors[f"{name}.{ending}"] = value.reshape(-1, *[1] * (weight.ndim - 1))
             elif value is not None:
                 tensors[f"{name}.{ending}"] = value
         tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))

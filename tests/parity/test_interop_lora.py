@@ -5,19 +5,24 @@ Tolerance 1e-4 in [0, 1]: they add the two halves to each layer's output, we mer
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from conditioning import CLIPTextEncoder
 from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.interop.export import _listening as listening
+from ldm_pipe.interop.families import FAMILIES
 from ldm_pipe.interop.lora import Layers, LoraLayer, networks_of, read_lora, save_lora
 from ldm_pipe.interop.lora_forms import changed
 from ldm_pipe.interop.textual_inversion import save_word
-from ldm_pipe.pretrained import save_tensors
+from ldm_pipe.pretrained import load_tensors, save_tensors
+from ldm_pipe.unet import UNet
 from tests.single_files import make_folder
 
 diffusers = pytest.importorskip("diffusers")
@@ -151,6 +156,35 @@ def test_diffusers_reads_our_kohya_layout_of_sdxl(tmp_path: Path) -> None:
     ours.load_lora_weights(tmp_path / "xl.safetensors")
     merged = found.base_layer.weight.detach() + layer.delta()
     torch.testing.assert_close(ours.unet.get_submodule(name).weight.detach(), merged, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("sd1", (354, "d41a9f3fdcd976b2")),
+        ("sd2", (420, "55663dcb99981469")),
+        ("sdxl", (1059, "53a7a5f500942650")),
+        ("sdxl-refiner", (747, "b28a19d884c8462f")),
+    ],
+)
+def test_kohyas_names_are_those_that_comfyui_and_a1111_look_up(
+    name: str, wanted: tuple[int, str], tmp_path: Path
+) -> None:
+    """Every Linear and Conv2d of the full-size networks.
+
+    ComfyUI a125cd8 found each of these names, but for the refiner's projection; A1111's rules lead each to a module of
+    CompVis or sgm, but for SDXL's projection and the refiner's text encoder.
+    """
+    family = FAMILIES[name]
+    with torch.device("meta"):
+        networks: dict[str, nn.Module] = {"unet": UNet.from_config(family.unet)}
+        networks |= {text.folder: CLIPTextEncoder.from_config(text.config) for text in family.texts}
+    layer = LoraLayer(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
+    kinds = (nn.Linear, nn.Conv2d)
+    names = {(part, key) for part, net in networks.items() for key, m in net.named_modules() if isinstance(m, kinds)}
+    save_lora(tmp_path / "x.safetensors", dict.fromkeys(names, layer), layout="kohya", networks=networks)
+    lines = "\n".join(sorted(load_tensors(tmp_path / "x.safetensors")))
+    assert (len(names), hashlib.sha256(lines.encode()).hexdigest()[:16]) == wanted
 
 
 def test_dora_of_peft_draws_the_same(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def _forms(weight: Tensor) -> dict[str, Any]:
     lora = LoraLayer(_numbers(1, 2, *weight.shape[1:]), _numbers(2, rows, 2, *[1] * len(kernel)), 3.0)
     forms: dict[str, Any] = {
         "lora": lora,
-        "dora": LoraLayer(lora.down, lora.up, 3.0, magnitude=magnitude.reshape(rows, *[1] * (weight.ndim - 1))),
+        "dora": LoraLayer(lora.down, lora.up, 3.0, magnitude=magnitude),
         "dora of inputs": LoraLayer(lora.down, lora.up, 3.0, magnitude=_numbers(5, 1, columns, *[1] * len(kernel))),
         "loha": LohaLayer(*(_numbers(i, *shape) for i, shape in enumerate(((rows, 2), (2, flat)) * 2)), alpha=3.0),
         "lokr": LokrLayer(_numbers(1, 4, 2), (_numbers(2, rows // 4, 2), _numbers(3, 2, flat // 2)), 3.0),
@@ -255,6 +255,8 @@ def test_every_form_is_written_for_a1111_and_read_again(
         wanted = changed(layer, weight.detach(), 0.5)
         assert torch.equal(changed(found, weight.detach(), 0.5), wanted), name
         assert float(wanted.abs().max()) > 0.1
+    scale = load_tensors(tmp_path / "dora.safetensors")[f"lora_unet_{module.replace('.', '_')}.dora_scale"]
+    assert scale.shape == (len(weight), *[1] * (weight.ndim - 1))  # ComfyUI 0.3.64 cannot multiply by a vector
     with pytest.raises(LdmPipeError, match="does not read for these models"):
         save_lora(tmp_path / "x", {("unet", module): _forms(weight.detach())["loha"]})
 

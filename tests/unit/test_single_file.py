@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import pickle
 import re
@@ -25,6 +26,15 @@ from ldm_pipe.unet import UNet
 from tests.single_files import make_folder
 
 KINDS = ("sd1", "sd2", "sdxl", "sdxl-refiner")
+# sha256 of "name [shape]", sorted, of what the networks that A1111 builds hold (CompVis/stable-diffusion 21f890f,
+# Stability-AI/stablediffusion cf1d67a, Stability-AI/generative-models 0ad7de9), but for buffers, the logit_scale and
+# SD 2's 24th layer. ComfyUI a125cd8 (0.3.64) reads each of these names too.
+READ_BY_OTHERS = {
+    "sd1": (1130, "dd0d17c940fbd3a9"),
+    "sd2": (1214, "cb60416bf599c468"),
+    "sdxl": (2513, "e8b4f0d1a190ee22"),
+    "sdxl-refiner": (1857, "8e1d49b53cb02860"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,8 @@ def _files(folder: Path) -> dict[str, dict[str, Tensor]]:
 def test_full_size_files_are_known_by_their_names_and_shapes(name: str) -> None:
     tensors = _full_size(FAMILIES[name])
     assert detect(tensors, "file").name == name
+    lines = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in sorted(tensors.items()))
+    assert (len(tensors), hashlib.sha256(lines.encode()).hexdigest()[:16]) == READ_BY_OTHERS[name]
     wide = tensors[f"{UNET}input_blocks.0.0.weight"].shape[0]
     nine = {**tensors, f"{UNET}input_blocks.0.0.weight": torch.empty(wide, 9, 3, 3, device="meta")}
     if name == "sdxl-refiner":
