@@ -110,7 +110,11 @@ def _add_other(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("prompt", nargs="?", help="what to draw, for models that read words")
     parser.add_argument("--class-labels", type=int, nargs="+", metavar="NUMBER", help="for models that draw by class")
-    parser.add_argument("--image", help="the small picture, for models that enlarge; or the one to vary, for unCLIP")
+    parser.add_argument("--image", help="the small picture, for models that enlarge; the one to change or vary")
+    parser.add_argument("--mask-image", help="white is painted anew, for DeepFloyd IF")
+    parser.add_argument(
+        "--strength", type=float, help="how far to leave the picture, above 0 and up to 1, for the same"
+    )
     parser.add_argument("--noise-level", type=int, help="how little of the small picture to trust")
     parser.add_argument("-o", "--output", "--out", help="a .png, or a folder ending in /")
     parser.add_argument("-n", "--num-pictures", type=int, default=1, metavar="N", help="of each class, or at all")

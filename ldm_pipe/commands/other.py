@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.lora or args.textual_inversion:
         raise OutputError("--lora and --textual-inversion", "ldm-pipe draw", "`ldm-pipe generate` takes them.")
     check_picture(args.image)
+    check_picture(args.mask_image)
     labels = [label for label in args.class_labels or () for _ in range(args.num_pictures)]
     count = len(labels) or args.num_pictures
     plan = OutputPlan.make(args.output, count=count, overwrite=args.overwrite)

@@ -20,6 +20,7 @@ from ldm_pipe.outputs import LatentDiffusionOutput, picture_infos
 from ldm_pipe.pixels import give_images
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import Request
+from ldm_pipe.stepping import Restore
 from ldm_pipe.steps import Steps
 
 
@@ -35,8 +36,17 @@ def first_noise(pipe: Any, request: Request, draw: Draw) -> Tensor:
     return eps.to(pipe.device, torch.float32)
 
 
+Begin = Callable[[Tensor, Steps], tuple[Tensor, Restore | None]]  # (eps, steps) -> the first x_t, what is put back
+
+
 def draw_pictures(
-    pipe: Any, request: Request, eps: Tensor, draw: Draw, cond: Condition, uncond: Condition | None
+    pipe: Any,
+    request: Request,
+    eps: Tensor,
+    draw: Draw,
+    cond: Condition,
+    uncond: Condition | None,
+    begin: Begin | None = None,
 ) -> LatentDiffusionOutput:
     """Walk from noise to z, and decode it.
 
@@ -44,10 +54,12 @@ def draw_pictures(
         eps: unit Gaussian noise, (B, C, h, w).
         draw: where the sampler's own noise comes from.
         cond, uncond: B rows each, on the pipeline's device.
+        begin: makes the first x_t of eps; None: a walk from noise alone.
     """
-    steps = request.sampling.steps
+    steps = drawing.choose_steps(request)
     try:
-        z = drawing.sample(pipe, request, eps * steps.init_scale, steps, draw, cond, uncond, None)
+        x, restore = (eps * steps.init_scale, None) if begin is None else begin(eps, steps)
+        z = drawing.sample(pipe, request, x, steps, draw, cond, uncond, restore)
         images: Any = z
         if request.output_type != "latent":
             with pipe.on_device(pipe.autoencoder):

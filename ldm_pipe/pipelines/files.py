@@ -56,6 +56,8 @@ CLASSES: dict[str, tuple[str, ...]] = {  # the pipelines of diffusers, and the p
     "LDMPipeline": ("unet", "vqvae", "scheduler"),
     OWN_UNCONDITIONAL: ("unet", "scheduler"),
     "IFPipeline": ("unet", "scheduler"),
+    "IFImg2ImgPipeline": ("unet", "scheduler"),
+    "IFInpaintingPipeline": ("unet", "scheduler"),
     "StableDiffusionUpscalePipeline": ("unet", "vae", "scheduler", "low_res_scheduler"),
     "IFSuperResolutionPipeline": ("unet", "scheduler", "image_noising_scheduler"),
     "LDMSuperResolutionPipeline": ("unet", "vqvae", "scheduler"),

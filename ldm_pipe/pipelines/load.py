@@ -39,7 +39,7 @@ def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline
     match files.class_of(root):
         case "DDPMPipeline" | "DDIMPipeline" | "LDMPipeline" | files.OWN_UNCONDITIONAL:
             return unconditional.UnconditionalPipeline.from_pretrained(root, **options)
-        case pixel.CLASS:
+        case name_of_class if name_of_class in pixel.CLASSES:
             return pixel.PixelDiffusionPipeline.from_pretrained(root, **options)
         case upscale.LATENT | upscale.PIXEL:
             return upscale.UpscalePipeline.from_pretrained(root, **options)

@@ -2,12 +2,15 @@
 
     prompt --T5--> Condition;  noise --sampler( threshold( guide( U-Net )))--> image
 
-What enters: prompts. What leaves: small pictures, which `UpscalePipeline` enlarges (stage II).
+What enters: prompts, and pictures to start from or to paint into. What leaves: small pictures, which `UpscalePipeline`
+enlarges (stage II).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,24 @@ from ldm_pipe.pipelines import files
 from ldm_pipe.pipelines.calls import draw_pictures, first_noise
 from ldm_pipe.pipelines.checks import check_call, check_texts
 from ldm_pipe.pipelines.pixel_space import PixelSpace
+from ldm_pipe.pixels import load_images
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.request_shared import check_size
+from ldm_pipe.process import q_sample
+from ldm_pipe.request import Request
+from ldm_pipe.request_pictures import check_pictures
+from ldm_pipe.request_shared import check_size, or_default
 from ldm_pipe.schedule import Law
+from ldm_pipe.stepping import Restore
+from ldm_pipe.steps import Steps
 from ldm_pipe.unet import UNet
 
 CLASS = "IFPipeline"
+CLASSES = (CLASS, "IFImg2ImgPipeline", "IFInpaintingPipeline")  # three calls of the same parts
+_OF_PICTURES: dict[bool, tuple[int, float, float]] = {
+    False: (80, 10.0, 0.7),
+    True: (50, 7.0, 1.0),
+}  # with a mask or not
 
 
 class PixelDiffusionPipeline(Placement, Adapters, Call):
@@ -41,6 +55,8 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
         schedule: the noise law the U-Net was trained on; its scheduler file says how x0 is thresholded.
         defaults: what the model is best drawn with.
     """
+
+    paints = False  # no channels of the U-Net are for masks
 
     def __init__(
         self,
@@ -68,14 +84,14 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PixelDiffusionPipeline:
-        """Load a folder or a model of the hub: IFPipeline of diffusers.
+        """Load a folder or a model of the hub: IFPipeline, IFImg2ImgPipeline or IFInpaintingPipeline of diffusers.
 
         Args:
             options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
                 `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        found = files.load(pretrained_model_name_or_path, (CLASS,), **options)
+        found = files.load(pretrained_model_name_or_path, CLASSES, **options)
         return cls(found.unet, found.text_encoders, found.schedule, defaults=found.defaults, name=found.name)
 
     def save_pretrained(
@@ -108,6 +124,9 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
         output_type: str | None = "pil",
         return_dict: bool = True,
         *,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         seed: int | list[int] | None = None,
         latents: Tensor | None = None,
         sampler: str | Any | None = None,
@@ -120,11 +139,18 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
     ) -> LatentDiffusionOutput | tuple[Any, None, None]:
         """Draw pictures; names, order and defaults are those of diffusers' IFPipeline.
 
+        With `image` it does what IFImg2ImgPipeline does, with `mask_image` too what IFInpaintingPipeline does, with
+        their defaults of steps and guidance.
+
         Prompts are read in lower case, as the model was trained. diffusers' `clean_caption` is not here: it takes
         addresses and markup out of captions from the web.
 
         Args:
-            height, width: in pixels; None: those of the U-Net's training.
+            image: the picture to start from, for all prompts or one for each; see `LatentDiffusionPipeline.__call__`.
+            mask_image: white is painted anew; black is kept, and shown to the U-Net without noise, as diffusers does.
+            strength: how far to leave the picture; None: 0.7, with a mask 1.
+            height, width: in pixels; None: those of the U-Net's training, to which the shorter side of a picture is
+                brought, the other one to a multiple of 8.
             seed: picture i is drawn from seed + i (or seed[i]), whatever the batch; None draws a seed and tells it.
             latents: unit Gaussian noise to start from, (B, 3, H, W).
             output_type: "pil", "np", "pt" in [0, 1], or "latent": in [-1, 1], as diffusers' "pt" of this pipeline.
@@ -132,10 +158,50 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
         Returns: LatentDiffusionOutput, or (images, None, None) for return_dict=False.
         Raises: LdmPipeError naming argument, value and range, before any work.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
-        request = check_call(self, given, check_texts(self, given), check_size(given, self.default_size, 1))
+        request = self._check({name: value for name, value in locals().items() if name != "self"})
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
             cond, uncond = drawing.encode_prompts(self, request)
-            output = draw_pictures(self, request, first_noise(self, request, draw), draw, cond, uncond)
+            begin = None if request.image is None else functools.partial(self._begin, request)
+            output = draw_pictures(self, request, first_noise(self, request, draw), draw, cond, uncond, begin)
         return output if return_dict else (output.images, None, None)
+
+    def _check(self, given: dict[str, Any]) -> Request:
+        """Settle a call, with the pictures that it starts from."""
+        image = given["image"]
+        if image is not None:
+            steps, scale, strength = _OF_PICTURES[given["mask_image"] is not None]
+            if isinstance(given["num_inference_steps"], IntDefault):
+                given["num_inference_steps"] = IntDefault(steps)
+            if isinstance(given["guidance_scale"], FloatDefault):
+                given["guidance_scale"] = FloatDefault(scale)
+            given["strength"] = or_default(given["strength"], strength)
+            if given["height"] is None and given["width"] is None:
+                given["height"], given["width"] = fitting(load_images(image).shape[2:], self.default_size[0])
+        texts = check_texts(self, given)
+        count, each = texts.num_pictures, or_default(given["num_images_per_prompt"], 1)
+        image, mask, strength = check_pictures(self, given, count, count // each, None)
+        request = check_call(self, given, texts, check_size(given, self.default_size, 1))
+        return replace(request, image=image, mask=mask, strength=strength)
+
+    def _begin(self, request: Request, eps: Tensor, steps: Steps) -> tuple[Tensor, Restore | None]:
+        """Diffuse the picture, where it is not kept, to the first level; after each step it is kept again."""
+        assert request.image is not None
+        image = (request.image * 2 - 1).to(self.device)
+        x = q_sample(image, eps, float(steps.alpha[0]), float(steps.sigma[0]))
+        if request.mask is None:
+            return x, None
+        fresh = request.mask.to(self.device) >= 0.5
+        return torch.where(fresh, x, image), lambda _, x: torch.where(fresh, x, image)
+
+
+def fitting(size: Sequence[int], side: int) -> tuple[int, int]:
+    """Return the height and width of a picture whose shorter side is brought to `side`, as diffusers' IF does.
+
+    Args:
+        size: its height and width.
+    """
+    height, width = size
+    if width >= height:
+        return side, max(round(side / 8 * width / height) * 8, 8)
+    return max(round(side / 8 * height / width) * 8, 8), side

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_pipe import load_pipeline
+from ldm_pipe.cli import main
 from ldm_pipe.pipelines import PixelDiffusionPipeline, UpscalePipeline
 from ldm_pipe.pipelines.pixel import fitting
 from ldm_pipe.pretrained import LdmPipeError
@@ -45,7 +46,7 @@ def texts(tmp_path: Path) -> dict[str, Any]:
 
 def pipeline(kind: str, tmp_path: Path, **law: Any) -> Any:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(**(STAGE_1 if kind == "IFPipeline" else STAGE_2)).eval()
+    unet = diffusers.UNet2DConditionModel(**(STAGE_2 if kind == "IFSuperResolutionPipeline" else STAGE_1)).eval()
     with torch.no_grad():
         unet.conv_out.weight.mul_(1.5)
     parts = {**texts(tmp_path), "unet": unet, "safety_checker": None, "feature_extractor": None, "watermarker": None}
@@ -151,7 +152,7 @@ def test_from_a_picture(strength: float, kind: str, tmp_path: Path) -> None:
 
 
 def test_a_picture_is_brought_to_the_size_of_the_training(tmp_path: Path) -> None:
-    """The shorter side is the U-Net's, the longer one a multiple of 8, as diffusers does; its defaults are told apart."""
+    """The shorter side is the U-Net's, the longer one a multiple of 8, as in diffusers; defaults are of pictures."""
     from diffusers.pipelines.deepfloyd_if.pipeline_if_img2img import resize
 
     ours = load(PixelDiffusionPipeline, _saved(pipeline("IFPipeline", tmp_path), tmp_path / "model"))
@@ -163,6 +164,12 @@ def test_a_picture_is_brought_to_the_size_of_the_training(tmp_path: Path) -> Non
     assert drawn.images.shape == (1, 3, 8, 16)
     assert {key: drawn.infos[0].settings[key] for key in ("Steps", "CFG scale")} == {"Steps": "80", "CFG scale": "10"}
     assert ours(**few, height=16, width=8).images.shape == (1, 3, 16, 8)
+    words = ["draw", PROMPT, "--model", str(tmp_path / "model"), "--steps", "5", "--strength", "0.4", "--quiet"]
+    for name, shown in (("image", picture), ("mask-image", Image.new("L", (8, 8), 255))):
+        shown.save(tmp_path / f"{name}.png")
+        words += [f"--{name}", str(tmp_path / f"{name}.png")]
+    assert main([*words, "-o", str(tmp_path / "drawn.png")]) == 0
+    assert Image.open(tmp_path / "drawn.png").size == (16, 8)
     alone = ours(**{**few, "seed": 2}).images[0]
     torch.testing.assert_close(ours(**few, num_images_per_prompt=2).images[1], alone, rtol=0, atol=1e-4)
     for wrong in (
