@@ -93,15 +93,20 @@ def check_size(given: Mapping[str, Any], inherited: tuple[int, int], factor: int
 
 def check_latents(pipe: Any, latents: Any, count: int, size: tuple[int, int], name: str = "latents") -> Tensor | None:
     """Check latents of all pictures: shape (B, C, h, w), finite floats."""
-    if latents is None:
-        return None
     wanted = (count, pipe.autoencoder.latent_channels, size[0] // pipe.factor, size[1] // pipe.factor)
-    if not isinstance(latents, Tensor) or not latents.is_floating_point() or tuple(latents.shape) != wanted:
-        shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        raise LdmPipeError(f"{name} is {shape}", how_to_fix=f"give a float tensor {wanted}")
-    if not bool(torch.isfinite(latents).all()):
+    return check_floats(name, latents, wanted)
+
+
+def check_floats(name: str, value: Any, shape: tuple[int, ...]) -> Tensor | None:
+    """Check noise, latents or embeddings that a caller gave: finite floats of one shape; None stays None."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise LdmPipeError(f"{name} is {found}", how_to_fix=f"give a float tensor {shape}")
+    if not bool(torch.isfinite(value).all()):
         raise LdmPipeError(f"{name} holds NaN or infinity", how_to_fix="give finite numbers")
-    return latents
+    return value
 
 
 def _check_randomness(

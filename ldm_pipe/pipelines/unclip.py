@@ -21,12 +21,12 @@ from ldm_pipe.outputs import MAX_PICTURES, LatentDiffusionOutput, real_number, w
 from ldm_pipe.pipelines import files
 from ldm_pipe.pipelines.checks import Texts, check_texts, no_texts
 from ldm_pipe.pipelines.unclip_parts import UnCLIPParts, check_preprocessor, load_parts, refuse, write_parts
-from ldm_pipe.pipelines.unclip_stages import Cascade, Stage, check_rows, encode, inner, paint, settle
+from ldm_pipe.pipelines.unclip_stages import Cascade, Stage, encode, inner, paint, settle
 from ldm_pipe.pixels import load_images
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import Request
-from ldm_pipe.request_shared import repeat_rows
+from ldm_pipe.request_shared import check_floats, repeat_rows
 from ldm_pipe.schedule import Law
 from ldm_pipe.unet.prior import PriorTransformer
 
@@ -155,8 +155,8 @@ class UnCLIPPipeline(Cascade, Placement):
             advice = "give the pair (vectors, tokens), and a mask"
             raise LdmPipeError(f"text_model_output is a {type(output).__name__}", how_to_fix=advice) from error
         length, width = self.parts.text_encoder.max_length, self.prior.config.embedding_dim
-        check_rows("text_model_output[0]", vectors, (text.batch_size, width))
-        check_rows("text_model_output[1]", tokens, (text.batch_size, length, width))
+        check_floats("text_model_output[0]", vectors, (text.batch_size, width))
+        check_floats("text_model_output[1]", tokens, (text.batch_size, length, width))
         return text.repeat(each), no_texts(text.batch_size * each)
 
 
@@ -255,7 +255,7 @@ class UnCLIPImageVariationPipeline(Cascade, Placement):
         if pictures is None:
             width = self.parts.text_proj.config.clip_embeddings_dim
             count = len(rows) if isinstance(rows, Tensor) and rows.ndim == 2 else 1
-            check_rows("image_embeddings", rows, (count, width))
+            check_floats("image_embeddings", rows, (count, width))
         texts = no_texts(len(rows) * each)
         requests = settle(self, given, texts)
         with self.one_at_a_time():

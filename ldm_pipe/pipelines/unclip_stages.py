@@ -28,8 +28,8 @@ from ldm_pipe.pipelines.checks import Texts, check_call
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.pipelines.unclip_parts import UnCLIPParts
 from ldm_pipe.placement import Placement
-from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.request import Request
+from ldm_pipe.request_shared import check_floats
 from ldm_pipe.schedule import Law
 from ldm_pipe.steps import Steps
 from ldm_pipe.unet import UNet
@@ -81,7 +81,7 @@ class Stage(Placement, Call):
         named, most = f"{name}_num_inference_steps", self.schedule.num_train_timesteps or 1000
         asked = {**_NOT_ASKED, **given, "num_inference_steps": whole_number(named, given[named], 1, most)}
         request = check_call(self, asked, texts, (shape[1], shape[2]) if len(shape) == 3 else (1, 1))
-        eps = check_rows(f"{name}_latents", given[f"{name}_latents"], (texts.num_pictures, *shape))
+        eps = check_floats(f"{name}_latents", given[f"{name}_latents"], (texts.num_pictures, *shape))
         return replace(request, latents=eps)
 
     def walk(
@@ -90,18 +90,6 @@ class Stage(Placement, Call):
         """Walk from noise to x0: the start is drawn first, then what the steps need."""
         eps = draw((request.num_pictures, *shape)) if request.latents is None else request.latents
         return draw_pictures(self, request, eps.to(self.device, torch.float32), draw, cond, uncond)
-
-
-def check_rows(name: str, value: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """Check noise or embeddings that a caller gave. Raises: LdmPipeError naming the shape."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != shape:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise LdmPipeError(f"{name} is {found}", how_to_fix=f"give a float tensor {shape}")
-    if not bool(torch.isfinite(value).all()):
-        raise LdmPipeError(f"{name} holds NaN or infinity", how_to_fix="give finite numbers")
-    return value
 
 
 def settle(pipe: Cascade, given: Mapping[str, Any], texts: Texts) -> tuple[Request, Request]:
