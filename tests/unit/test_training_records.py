@@ -271,6 +271,28 @@ def test_adafactor_is_lean_on_matrices_and_resumes_to_the_bit(tmp_path: Path) ->
     assert_same_bits(whole_state(resumed), whole_state(unbroken))
 
 
+def test_adafactor_takes_a_convolution_for_a_matrix() -> None:
+    conv, line = nn.Conv2d(6, 5, 3), nn.Linear(54, 5)
+    with torch.no_grad():
+        line.weight.copy_(conv.weight.flatten(1))
+        line.bias.copy_(conv.bias if conv.bias is not None else 0.0)
+    x = torch.randn(4, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    for net, given in ((conv, x), (line, x.flatten(1))):
+        optimizer = make_optimizer(net, OptimConfig(optimizer="adafactor", learning_rate=0.1))
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(given).flatten().cos().sum().backward()
+            optimizer.step()
+        kept = sum(v.numel() for v in optimizer.state[net.weight].values())
+        assert kept == 5 + 54 + 1
+    assert torch.allclose(conv.weight.flatten(1), line.weight, atol=1e-6)
+    before = {"0.step": torch.tensor(1.0), "0.row_var": torch.zeros(5, 6, 3, 1), "0.col_var": torch.zeros(5, 6, 1, 3)}
+    restore_optimizer(optimizer := make_optimizer(conv, OptimConfig(optimizer="adafactor")), before)
+    conv(x).sum().backward()
+    with pytest.raises(LdmPipeError, match="of an older version"):
+        optimizer.step()
+
+
 def test_eight_bits_without_bitsandbytes_is_refused_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
