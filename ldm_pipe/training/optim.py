@@ -57,9 +57,7 @@ class MatrixAdafactor(torch.optim.Adafactor):
                 self.state[p] = {"step": torch.tensor(0.0), "row_var": row, "col_var": column}
             if self.state[p]["row_var"].ndim != 2:
                 what = f"Adafactor's numbers for a weight of shape {tuple(p.shape)} are those of an older version"
-                raise LdmPipeError(
-                    what, "checkpoint", "Resume with that version, or start from its model."
-                )
+                raise LdmPipeError(what, "checkpoint", "Resume with that version, or start from its model.")
         mixed = super()._init_group(group, params_with_grad, grads, row_vars, col_vars, variances, state_steps)
         for i, p in views.items():
             params_with_grad[i], grads[i] = p.view(len(p), -1), grads[i].reshape(len(p), -1)
