@@ -156,12 +156,19 @@ class Trainer:
             try:
                 save_checkpoint(self.folder, self.step, groups, facts, keep=self.config.checkpoints_total_limit)
             except LdmPipeError as error:
-                if self.config.on_save_error == "stop" or self.step >= self.config.max_train_steps:
-                    raise
-                tqdm.write(f"warning: the run goes on without a checkpoint of step {self.step}: {error}", sys.stderr)
+                self._go_on_without("checkpoint", error)
         if self.save_result:
-            self.with_ema(self.save_result)
+            try:
+                self.with_ema(self.save_result)
+            except LdmPipeError as error:
+                self._go_on_without("result", error)
         self.accelerator.wait_for_everyone()
+
+    def _go_on_without(self, what: str, error: LdmPipeError) -> None:
+        """Raise an error of a save, or tell it where the config says so; that of the last step is always raised."""
+        if self.config.on_save_error == "stop" or self.step >= self.config.max_train_steps:
+            raise error
+        tqdm.write(f"warning: the run goes on without a {what} of step {self.step}: {error}", file=sys.stderr)
 
     def resume(self, which: str) -> None:
         """Continue from a whole checkpoint.

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,27 @@ def test_fault_4_a_full_disk_is_told_and_the_run_goes_on_where_the_flag_says_so(
     fill_disk_from(4, 99, monkeypatch, last)
     with pytest.raises(LdmPipeError, match="no room"):  # what the run was for is never lost in silence
         last.fit()
+
+
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_fault_4_a_disk_too_full_for_the_result_is_told_as_for_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], on_save_error: str
+) -> None:
+    def write() -> None:
+        if trainer.step == 4:
+            raise LdmPipeError("cannot be written (No space left on device)", "pipeline")
+
+    options: dict[str, Any] = {"checkpointing_steps": 2, "on_save_error": on_save_error}
+    trainer = make_trainer(make_config(tmp_path, **options))
+    trainer.save_result = write
+    with nullcontext() if on_save_error == "continue" else pytest.raises(LdmPipeError, match="No space left"):
+        trainer.fit()
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    if on_save_error == "continue":
+        assert "goes on without a result of step 4: pipeline: cannot be written" in capsys.readouterr().err
+        assert names == ["checkpoint-4", "checkpoint-6"]
+    else:
+        assert names == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_fault_4_a_history_that_cannot_be_written_ends_no_training(
