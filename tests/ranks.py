@@ -53,6 +53,7 @@ def run_ranks(
     return [process.exitcode for process in processes]
 
 
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -84,6 +85,20 @@ def train(folder: Path, changes: dict[str, Any], lora: int = 0, stop_at: int | N
     trainer = _trainer(folder, changes, lora)
     trainer.save_result = lambda: trainer.raw["unet"].save_pretrained(folder / "unet") if not lora else None
     _fit_noted(trainer, folder, stop_at)
+
+
+def train_with_nan(folder: Path, changes: dict[str, Any], at: int) -> None:
+    """Train to the end; in step `at` the last process alone has a loss of NaN."""
+    trainer = _trainer(folder, changes, 0)
+    part = trainer.parts[0]
+    loss = part.loss
+
+    def poisoned(micro: Any) -> Any:
+        value, logs = loss(micro)
+        return value * float("nan" if micro.step == at and trainer.accelerator.is_last_process else 1), logs
+
+    part.loss = poisoned
+    _fit_noted(trainer, folder, None)
 
 
 def finetune(folder: Path, changes: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
-from tests.ranks import FSDP2, ZERO, assert_near, die, facts_of, rows_of, run_ranks, train
+from tests.ranks import FSDP2, ZERO, assert_near, die, facts_of, rows_of, run_ranks, train, train_with_nan
 from tests.training import assert_same_bits, saved_state
 
 # Adam divides a gradient by its size, and so a rounding by itself where a gradient is next to nothing; with this
@@ -124,6 +125,19 @@ def test_zero_trains_as_one_and_resumes_on_two_processes_and_on_one(
     assert_same_bits(saved_state(tmp_path / "two" / "checkpoint-20"), unbroken)
     assert run_ranks(train, 1, tmp_path / "alone", {**ONE, **resume, "allow_config_change": True}, lora) == [0]
     assert_near(saved_state(tmp_path / "alone" / "checkpoint-20"), unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("zero", marks=needs_deepspeed)])
+def test_fault_11_a_nan_of_one_process_is_skipped_by_all(tmp_path: Path, name: str) -> None:
+    """One process without step 3 ends where two end of which one has NaN in it."""
+    changes = {**TWO, "max_train_steps": 6, "checkpointing_steps": 6}
+    environ = {"ddp": {}, "fsdp2": FSDP2, "zero": ZERO}[name]
+    assert run_ranks(train_with_nan, 2, tmp_path / "two", changes, 3, environ=environ) == [0, 0]
+    assert run_ranks(train_with_nan, 1, tmp_path / "one", {**changes, "train_batch_size": 8}, 3) == [0]
+    state = json.loads((tmp_path / "two" / "checkpoint-6" / "state.json").read_text())
+    assert state["skipped"] == 1
+    assert_near(saved_state(tmp_path / "two" / "checkpoint-6"), saved_state(tmp_path / "one" / "checkpoint-6"))
 
 
 @pytest.mark.slow
