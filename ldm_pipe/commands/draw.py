@@ -196,7 +196,7 @@ def _run_prompts(args: argparse.Namespace) -> int:
     height, width = arguments.get("height") or pipe.default_size[0], arguments.get("width") or pipe.default_size[1]
     check_space(plan.folder, height * width * 3 * count + 4096)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images_per_prompt)]
-    seeds = _seeds(args.seed, count)
+    seeds = seeds_of(args.seed, count)
     images: list[Image] = []
     infos: list[PngInfo] = []
     for start in range(0, count, args.batch_size):
@@ -207,18 +207,20 @@ def _run_prompts(args: argparse.Namespace) -> int:
         if not args.grid:
             for i, image in enumerate(drawn.images, start=start):
                 path = plan.path(i, count, prompt=prompts[i], seed=seeds[i])
-                _write(path, image, drawn.infos[i - start])
+                write_picture(path, image, drawn.infos[i - start])
     if args.grid:
         from ldm_pipe.data.images import make_grid
 
         columns = max(args.num_images_per_prompt if len(args.prompt) > 1 else round(count**0.5 + 0.49), 1)
         sheet = make_grid(images, columns)
         settings = {**infos[0].settings, "Pictures": str(count), "Size": f"{sheet.width}x{sheet.height}"}
-        _write(plan.path(0, 1, prompt=args.prompt[0], seed=seeds[0]), sheet, replace(infos[0], settings=settings))
+        path = plan.path(0, 1, prompt=args.prompt[0], seed=seeds[0])
+        write_picture(path, sheet, replace(infos[0], settings=settings))
     return 0
 
 
-def _seeds(seed: int | None, count: int) -> list[int]:
+def seeds_of(seed: int | None, count: int) -> list[int]:
+    """Return the seed of each picture; without one, a fresh one to count on from."""
     import secrets
 
     if seed is not None and seed < 0:
@@ -227,7 +229,7 @@ def _seeds(seed: int | None, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def _write(path: Path, image: Image, info: PngInfo) -> None:
+def write_picture(path: Path, image: Image, info: PngInfo) -> None:
     """Write one picture with its settings, whole or not at all, and print its path."""
     from ldm_pipe.png_info import png_bytes
 
@@ -320,5 +322,5 @@ def _run_file(args: argparse.Namespace, file: str) -> int:
             drawn = draw(pipe, refiner, args, own)
             for j, path in enumerate(paths):
                 if args.overwrite or not path.exists():
-                    _write(path, drawn.images[j], drawn.infos[j])
+                    write_picture(path, drawn.images[j], drawn.infos[j])
     return 0

@@ -9,7 +9,7 @@ import argparse
 import inspect
 from typing import Any
 
-from ldm_pipe.commands.draw import _seeds, _write, call_arguments, check_picture
+from ldm_pipe.commands.draw import call_arguments, check_picture, seeds_of, write_picture
 from ldm_pipe.commands.paths import OutputError, OutputPlan
 
 OF_STAGES = (
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = [f"--{name.replace('_', '-')}" for name in given if name not in known]
     if unknown:
         raise OutputError(f"{', '.join(unknown)} for a {type(pipe).__name__}", str(args.model), "Leave it out.")
-    seeds = _seeds(args.seed, count)
+    seeds = seeds_of(args.seed, count)
     for start in range(0, count, args.batch_size):
         part = slice(start, min(start + args.batch_size, count))
         number = part.stop - part.start
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         drawn: Any = pipe(**call)
         for i, image in enumerate(drawn.images, start=start):
             path = plan.path(i, count, prompt=args.prompt or pipe.name, seed=seeds[i])
-            _write(path, image, drawn.infos[i - start])
+            write_picture(path, image, drawn.infos[i - start])
     return 0
 
 

@@ -156,9 +156,9 @@ def load_parts(
     if not own and index["_class_name"] in XL_PIPELINES:
         defaults = replace(defaults, guidance_scale=XL_GUIDANCE)
     common: dict[str, Any] = {"dtype": dtype, "variant": variant, "device": device}
-    with _config_errors(root / "unet"):
+    with config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", memory_format=unet_layout(device, dtype), **common)
-    with _config_errors(vae):
+    with config_errors(vae):
         autoencoder = load_autoencoder(vae, **common)
     encoders = tuple(_load_encoder(root, index, name, common) for name in encoder_folders(index))
     parts = Parts(
@@ -195,7 +195,7 @@ def _load_encoder(root: Path, index: Mapping[str, Any], name: str, common: Mappi
     """Load one text encoder with its tokenizer; a pipeline of diffusers says which of its states are read."""
     kind = str(index["_class_name"])
     folder = root / part_names(index).get(name, name)
-    with _config_errors(folder):
+    with config_errors(folder):
         if kind == OWN or index[name][1] == "LDMBertModel":
             return load_text_encoder(folder, **common)
         reading = (SDXL_2 if name == SECOND else SDXL) if kind in XL_PIPELINES else None
@@ -211,7 +211,7 @@ def _spatial(index: Mapping[str, Any], own: Mapping[str, Any], where: str) -> Sp
 
 
 @contextlib.contextmanager
-def _config_errors(part: Path) -> Iterator[None]:
+def config_errors(part: Path) -> Iterator[None]:
     """Turn what a senseless config makes torch raise (sizes of 2^31, text for numbers) into one clear error."""
     try:
         yield
@@ -302,7 +302,7 @@ def write_folder(
         for name, encoder in zip(folders_of(parts), parts.text_encoders, strict=True):
             text = staging / theirs.get(name, name)
             encoder.save_pretrained(text, variant=variant, dtype=dtype)
-            _state_dtype(text / "config.json")
+            state_dtype(text / "config.json")
             encoder.tokenizer.save_pretrained(staging / tokenizer_folder(name))
         atomic_write(staging / "scheduler" / "scheduler_config.json", _json(scheduler))
         atomic_write(
@@ -330,7 +330,7 @@ def _scheduler(law: Law, sampler: str) -> dict[str, Any]:
     return law_file.write(law)
 
 
-def _state_dtype(path: Path) -> None:
+def state_dtype(path: Path) -> None:
     """State float32 as the dtype to load in: transformers 5 would take the file's, diffusers takes float32."""
     config = read_json(path)
     config.pop("torch_dtype", None)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,11 @@ from ldm_pipe import samplers, schedule_config
 from ldm_pipe.interop.folder import (
     FORMAT_VERSION,
     OWN_FILE,
-    _config_errors,
-    _move_over,
-    _state_dtype,
+    config_errors,
     find_folder,
     read_own,
+    staged,
+    state_dtype,
 )
 from ldm_pipe.interop.pickles import without_pickles
 from ldm_pipe.outputs import Defaults, Thresholding
@@ -187,13 +185,13 @@ def opened(
 def _load(root: Path, index: Mapping[str, Any], named: Path, common: Mapping[str, Any]) -> Loaded:
     own = read_own(root)
     laws = {part: read_law(root / part) for part in SCHEDULERS if part in index}
-    with _config_errors(root / "unet"):
+    with config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", **common)
         unet.to(memory_format=torch.channels_last)
     vae = next((part for part in ("vae", "vqvae") if part in index), None)
     autoencoder: Autoencoder | None = None
     if vae is not None:
-        with _config_errors(root / vae):
+        with config_errors(root / vae):
             autoencoder = load_autoencoder(root / vae, **common)
     defaults = Defaults.read(own.get("defaults", {}), str(root / OWN_FILE))
     if defaults.sampler is None:
@@ -215,7 +213,7 @@ def _load(root: Path, index: Mapping[str, Any], named: Path, common: Mapping[str
 def _load_texts(root: Path, index: Mapping[str, Any], common: Mapping[str, Any]) -> tuple[AnyTextEncoder, ...]:
     if not isinstance(index.get("text_encoder"), list) or index["text_encoder"][1] is None:
         return ()
-    with _config_errors(root / "text_encoder"):
+    with config_errors(root / "text_encoder"):
         if index["text_encoder"][1].startswith("CLIP"):
             return (CLIPTextEncoder.from_pretrained(root / "text_encoder", tokenizer=root / "tokenizer", **common),)
         return (
@@ -227,7 +225,7 @@ def _load_texts(root: Path, index: Mapping[str, Any], common: Mapping[str, Any])
 
 def load_part(folder: Path, cls: Any, common: Mapping[str, Any], **more: Any) -> Any:
     """Load one network strictly. Raises: LdmPipeError naming file and cause."""
-    with _config_errors(folder):
+    with config_errors(folder):
         return cls.from_pretrained(folder, **common, **more)
 
 
@@ -313,34 +311,15 @@ def write(
         raise LdmPipeError("is a file, not a folder", str(target), "Choose another folder.")
     options: dict[str, Any] = {"variant": variant, "dtype": read_dtype(dtype) if dtype is not None else None}
 
-    def fill(staging: Path) -> None:
+    with staged(target) as staging:
         for part, network in parts.items():
             if network is not None:
                 network.save_pretrained(staging / part, **options)
             if network is not None and part == "text_encoder":
-                _state_dtype(staging / part / "config.json")
+                state_dtype(staging / part / "config.json")
                 network.tokenizer.save_pretrained(staging / "tokenizer")
         files = {f"{part}/scheduler_config.json": config for part, config in schedulers.items()}
         for path, content in {**files, **(further or {}), "model_index.json": index}.items():
             atomic_write(staging / path, json.dumps(content, indent=2) + "\n")
         text = json.dumps({"format_version": FORMAT_VERSION, **own}, indent=2, ensure_ascii=False)
         atomic_write(staging / OWN_FILE, text + "\n")
-
-    _stage(target, fill)
-
-
-def _stage(target: Path, fill: Callable[[Path], None]) -> None:
-    staging: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        fill(staging)
-        target.mkdir(exist_ok=True)  # with the mode that the umask asks for
-        _move_over(staging, target)
-    except OSError as error:
-        raise LdmPipeError(
-            f"cannot be written ({error.strerror or error})", str(target), "Choose another folder."
-        ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)

@@ -96,6 +96,11 @@ def test_nothing_imports_scripts_tests_or_benchmarks() -> None:
     assert told(wrong) == []
 
 
+def test_no_module_takes_what_another_keeps_to_itself() -> None:
+    found = [i for path in files(*PACKAGES, "scripts", "benchmarks") for i, _ in ours(path)]
+    assert told([i for i in found if any(n.startswith("_") and not n.startswith("__") for n in i.names)]) == []
+
+
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
     graph = {
         module_name(path): {t for i, t in ours(path) if i.at_import} - {module_name(path)} for path in files(*PACKAGES)
