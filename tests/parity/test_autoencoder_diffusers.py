@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from autoencoder import AutoencoderKL, VQModel, quantiser_loss
+from tests.bfloat16 import assert_as_close_as_the_reference
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -240,6 +241,26 @@ def test_vq_loss_and_gradients_agree_with_diffusers(legacy: bool) -> None:
         assert parameter.grad is not None, name
         gradient = wanted[name].grad
         torch.testing.assert_close(parameter.grad, gradient, atol=TOLERANCE * (1 + float(gradient.abs().max())), rtol=0)
+
+
+@pytest.mark.parametrize("vq", [False, True])
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_fp32_as_diffusers_is(vq: bool) -> None:
+    """Before the codes: which one is nearest is no matter of rounding alone."""
+    theirs = reference_vq({**TINY_VQ, "scaling_factor": 1.0}) if vq else reference(TINY)
+    ours: Any = (VQModel if vq else AutoencoderKL).from_config(dict(theirs.config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    image, z = randn(2, 3, 24, 32), randn(2, ours.config.latent_channels, 12, 16)
+    more = {"force_not_quantize": True} if vq else {}
+
+    def run(model: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        decoder = model.to(dtype).decoder(model.post_quant_conv(z.to(dtype)))
+        return model.quant_conv(model.encoder(image.to(dtype))), decoder
+
+    exact = run(theirs, torch.float32)
+    assert torch.equal(exact[1], theirs.decode(z, **more).sample)
+    for found, wanted, value in zip(run(ours, torch.bfloat16), run(theirs, torch.bfloat16), exact, strict=True):
+        assert_as_close_as_the_reference(found, wanted, value)
 
 
 def test_vq_config_fields_are_those_of_diffusers_and_the_scale_is_not() -> None:

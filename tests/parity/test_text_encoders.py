@@ -16,6 +16,7 @@ import torch
 from conditioning import CLIPTextEncoder, T5TextEncoder, TransformerTextEncoder, load_text_encoder
 from conditioning.text import DEEPFLOYD_IF, KARLO, SDXL, SDXL_2, Reading
 from ldm_pipe.pretrained import LdmPipeError, save_tensors
+from tests.bfloat16 import assert_as_close_as_the_reference
 from tests.text_encoders import CLOSE, PROMPTS, clip_fields, draw, tokenizer_folder, unigram_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the reference")
@@ -180,6 +181,28 @@ def test_the_t5_family(kind: str, tmp_path: Path) -> None:
         encoder.encode(long)
 
 
+@pytest.mark.parametrize("kind", ["clip", "clip with projection", "t5", "umt5", "ldmbert"])
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_fp32_as_the_library_is(kind: str, tmp_path: Path) -> None:
+    """OpenCLIP's towers are open_clip's own network."""
+    folder = tmp_path / "text_encoder"
+    if kind == "ldmbert":
+        theirs: Any = ldmbert(folder)
+    else:
+        clip = kind.startswith("clip")
+        theirs = clip_folder(folder, projection=kind != "clip") if clip else t5_folder(tmp_path, kind)[0]
+    ours = load_text_encoder(folder, dtype=torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    ids = torch.randint(5, 20, (3, 16), generator=torch.Generator().manual_seed(0))
+    output: Any = ours(ids)
+    found = output.last if kind.startswith("clip") else output[1]
+    exact, half = theirs(ids), theirs.bfloat16()(ids)
+    if kind == "clip with projection":
+        assert_as_close_as_the_reference(output.projected, half.text_embeds, exact.text_embeds)
+    last = (x[0] if kind == "ldmbert" else x.last_hidden_state for x in (half, exact))
+    assert_as_close_as_the_reference(found, *last)
+
+
 @torch.no_grad()
 def test_t5_is_saved_for_transformers_and_stays_sane_in_bfloat16(tmp_path: Path) -> None:
     model, _ = t5_folder(tmp_path)
@@ -212,22 +235,28 @@ def test_t5_with_missing_weights_is_refused_and_a_decoder_is_left_out(tmp_path: 
         T5TextEncoder.from_pretrained(folder)
 
 
-@torch.no_grad()
-def test_ldm_text_to_image(tmp_path: Path) -> None:
-    """LDMTextToImagePipeline encodes by bert(tokenizer(prompt, max_length=77, padding).input_ids)[0], no mask."""
+def ldmbert(folder: Path) -> Any:
+    """Save a tiny text encoder of LDM's."""
     pytest.importorskip("diffusers", reason="the reference")
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", ",", "please", "smiling", "face", "##s"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    library = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=20)
-    library.save_pretrained(tmp_path / "tokenizer")
     config = LDMBertConfig(
         vocab_size=20, max_position_embeddings=20, encoder_layers=2, encoder_ffn_dim=32, encoder_attention_heads=3,
         head_dim=8, d_model=16,
     )  # fmt: skip
     model = draw(LDMBertModel(config))
-    model.save_pretrained(tmp_path / "bert")
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def test_ldm_text_to_image(tmp_path: Path) -> None:
+    """LDMTextToImagePipeline encodes by bert(tokenizer(prompt, max_length=77, padding).input_ids)[0], no mask."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", ",", "please", "smiling", "face", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    library = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=20)
+    library.save_pretrained(tmp_path / "tokenizer")
+    model = ldmbert(tmp_path / "bert")
     rows = library(PROMPTS, padding="max_length", max_length=20, truncation=True, return_tensors="pt")
     expected = model(rows.input_ids)[0]
     encoder = TransformerTextEncoder.from_pretrained(tmp_path / "bert")

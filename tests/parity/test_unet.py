@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.unet import UNet
+from tests.bfloat16 import assert_as_close_as_the_reference
 from tests.pipelines import fill
 
 diffusers = pytest.importorskip("diffusers")
@@ -115,6 +116,26 @@ def test_output_agrees_with_diffusers(name: str, size: tuple[int, int]) -> None:
     expected = theirs(x, T, TOKENS, **kwargs).sample
     assert _difference(ours(x, T, tokens=TOKENS, **slots), expected) < 1e-5
     assert _difference(ours.to(memory_format=torch.channels_last)(x, T, tokens=TOKENS, **slots), expected) < 1e-5
+
+
+def _half(slots: dict[str, Any]) -> dict[str, Any]:
+    """Give what is read in bfloat16 to networks in bfloat16; times, labels and sizes stay as they are."""
+    return {k: v.bfloat16() if torch.is_tensor(v) and k in ("pooled", "text_embeds") else v for k, v in slots.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_fp32_as_diffusers_is(name: str) -> None:
+    config, slots, kwargs = CASES[name]
+    theirs, ours = _pair(config)
+    x = _numbers(1, 2, config["in_channels"], 16, 16)
+    exact = theirs(x, T, TOKENS, **kwargs).sample
+    kwargs = {k: _half(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
+    if "class" in name and "timestep" not in name:
+        kwargs = {"class_labels": kwargs["class_labels"].bfloat16()}
+    x, tokens = x.bfloat16(), TOKENS.bfloat16()
+    found = ours.bfloat16()(x, T, tokens=tokens, **_half(slots))
+    assert_as_close_as_the_reference(found, theirs.bfloat16()(x, T, tokens, **kwargs).sample, exact)
 
 
 @torch.no_grad()
