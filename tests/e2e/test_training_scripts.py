@@ -115,7 +115,8 @@ def diffusion_config(folder: Path, drawings: Path, autoencoder: Path, **values: 
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def script(*words: str | Path, launcher: tuple[str, ...] = (), check: bool = True) -> subprocess.CompletedProcess[str]:
