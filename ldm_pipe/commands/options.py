@@ -112,6 +112,7 @@ def _add_other(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-labels", type=int, nargs="+", metavar="NUMBER", help="for models that draw by class")
     parser.add_argument("--image", help="the small picture, for models that enlarge; the one to change or vary")
     parser.add_argument("--mask-image", help="white is painted anew, for DeepFloyd IF")
+    parser.add_argument("--original-image", help="the large picture that --image is of, for IF's stage II")
     parser.add_argument(
         "--strength", type=float, help="how far to leave the picture, above 0 and up to 1, for the same"
     )

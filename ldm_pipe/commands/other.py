@@ -13,8 +13,8 @@ from ldm_pipe.commands.draw import call_arguments, check_picture, seeds_of, writ
 from ldm_pipe.commands.paths import OutputError, OutputPlan
 
 OF_STAGES = (
-    "noise_level", "prior_num_inference_steps", "decoder_num_inference_steps", "super_res_num_inference_steps",
-    "prior_guidance_scale", "decoder_guidance_scale",
+    "noise_level", "original_image", "prior_num_inference_steps", "decoder_num_inference_steps",
+    "super_res_num_inference_steps", "prior_guidance_scale", "decoder_guidance_scale",
 )  # fmt: skip
 
 
@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError("-n and --batch-size must be at least 1", "ldm-pipe draw")
     if args.lora or args.textual_inversion:
         raise OutputError("--lora and --textual-inversion", "ldm-pipe draw", "`ldm-pipe generate` takes them.")
-    check_picture(args.image)
-    check_picture(args.mask_image)
+    for path in (args.image, args.mask_image, args.original_image):
+        check_picture(path)
     labels = [label for label in args.class_labels or () for _ in range(args.num_pictures)]
     count = len(labels) or args.num_pictures
     plan = OutputPlan.make(args.output, count=count, overwrite=args.overwrite)

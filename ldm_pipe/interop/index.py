@@ -26,12 +26,15 @@ XL, XL_REFINER = "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
 XL_PIPELINES = (XL, XL_REFINER, "StableDiffusionXLInpaintPipeline")
 SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 PIPELINES = (*SD_PIPELINES, DEPTH, *XL_PIPELINES, LDM, OWN)
+_IF_CALLS = ("", "Img2Img", "Inpainting")
 OTHER_PIPELINES = {  # of diffusers: which class of ours draws with the folder
     **dict.fromkeys(("DDPMPipeline", "DDIMPipeline", "LDMPipeline"), "ldm_pipe.pipelines.UnconditionalPipeline"),
-    "IFPipeline": "ldm_pipe.pipelines.PixelDiffusionPipeline",
+    **{f"IF{call}Pipeline": "ldm_pipe.pipelines.PixelDiffusionPipeline" for call in _IF_CALLS},
     "StableDiffusionUpscalePipeline": "ldm_pipe.pipelines.UpscalePipeline",
-    "IFSuperResolutionPipeline": "ldm_pipe.pipelines.UpscalePipeline",
+    **{f"IF{call}SuperResolutionPipeline": "ldm_pipe.pipelines.UpscalePipeline" for call in _IF_CALLS},
     "LDMSuperResolutionPipeline": "ldm_pipe.pipelines.SuperResolutionPipeline",
+    "UnCLIPPipeline": "ldm_pipe.pipelines.UnCLIPPipeline",
+    "UnCLIPImageVariationPipeline": "ldm_pipe.pipelines.UnCLIPImageVariationPipeline",
 }
 LDM_NAMES = {"vae": "vqvae", "text_encoder": "bert"}  # what this pipeline calls our parts
 PARTS = {

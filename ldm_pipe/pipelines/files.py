@@ -58,6 +58,8 @@ CLASSES: dict[str, tuple[str, ...]] = {  # the pipelines of diffusers, and the p
     "IFInpaintingPipeline": ("unet", "scheduler"),
     "StableDiffusionUpscalePipeline": ("unet", "vae", "scheduler", "low_res_scheduler"),
     "IFSuperResolutionPipeline": ("unet", "scheduler", "image_noising_scheduler"),
+    "IFImg2ImgSuperResolutionPipeline": ("unet", "scheduler", "image_noising_scheduler"),
+    "IFInpaintingSuperResolutionPipeline": ("unet", "scheduler", "image_noising_scheduler"),
     "LDMSuperResolutionPipeline": ("unet", "vqvae", "scheduler"),
     OWN_SUPER_RESOLUTION: ("unet", "scheduler"),
     "UnCLIPPipeline": ("prior", "prior_scheduler", *_UNCLIP),

@@ -22,6 +22,14 @@ AnyPipeline: TypeAlias = (
     | unclip.UnCLIPPipeline
     | unclip.UnCLIPImageVariationPipeline
 )
+KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
+    (unconditional.CLASSES, unconditional.UnconditionalPipeline),
+    (pixel.CLASSES, pixel.PixelDiffusionPipeline),
+    (upscale.CLASSES, upscale.UpscalePipeline),
+    (super_resolution.CLASSES, super_resolution.SuperResolutionPipeline),
+    ((unclip.TEXT,), unclip.UnCLIPPipeline),
+    ((unclip.IMAGE,), unclip.UnCLIPImageVariationPipeline),
+)
 
 
 def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline:
@@ -36,18 +44,8 @@ def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline
     source = {key: options.pop(key) for key in ("local_files_only", "revision") if key in options}
     pickles = options.get("use_safetensors") is False
     root = find_folder(name, variant=options.get("variant"), pickles=pickles, **source)
-    match files.class_of(root):
-        case "DDPMPipeline" | "DDIMPipeline" | "LDMPipeline" | files.OWN_UNCONDITIONAL:
-            return unconditional.UnconditionalPipeline.from_pretrained(root, **options)
-        case name_of_class if name_of_class in pixel.CLASSES:
-            return pixel.PixelDiffusionPipeline.from_pretrained(root, **options)
-        case upscale.LATENT | upscale.PIXEL:
-            return upscale.UpscalePipeline.from_pretrained(root, **options)
-        case super_resolution.CLASS | files.OWN_SUPER_RESOLUTION:
-            return super_resolution.SuperResolutionPipeline.from_pretrained(root, **options)
-        case unclip.TEXT:
-            return unclip.UnCLIPPipeline.from_pretrained(root, **options)
-        case unclip.IMAGE:
-            return unclip.UnCLIPImageVariationPipeline.from_pretrained(root, **options)
-        case _:  # what it does not draw either it refuses, by name
-            return LatentDiffusionPipeline.from_pretrained(root, **options)
+    found = files.class_of(root)
+    for names, kind in KINDS:
+        if found in names:
+            return kind.from_pretrained(root, **options)
+    return LatentDiffusionPipeline.from_pretrained(root, **options)  # what it does not draw either it refuses, by name

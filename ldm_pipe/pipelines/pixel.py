@@ -8,7 +8,6 @@ enlarges (stage II).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,17 +24,14 @@ from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusion
 from ldm_pipe.pipelines import files
 from ldm_pipe.pipelines.calls import draw_pictures, first_noise
 from ldm_pipe.pipelines.checks import check_call, check_texts
+from ldm_pipe.pipelines.from_picture import begin_from, fit_start
 from ldm_pipe.pipelines.pixel_space import PixelSpace
-from ldm_pipe.pixels import load_images
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import q_sample
 from ldm_pipe.request import Request
 from ldm_pipe.request_pictures import check_pictures
 from ldm_pipe.request_shared import check_size, or_default
 from ldm_pipe.schedule import Law
-from ldm_pipe.stepping import Restore
-from ldm_pipe.steps import Steps
 from ldm_pipe.unet import UNet
 
 CLASS = "IFPipeline"
@@ -162,8 +158,8 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
         with self.one_at_a_time():
             draw = drawing.noise_source(request)
             cond, uncond = drawing.encode_prompts(self, request)
-            begin = None if request.image is None else functools.partial(self._begin, request)
-            output = draw_pictures(self, request, first_noise(self, request, draw), draw, cond, uncond, begin)
+            eps = first_noise(self, request, draw)
+            output = draw_pictures(self, request, eps, draw, cond, uncond, begin_from(self, request))
         return output if return_dict else (output.images, None, None)
 
     def _check(self, given: dict[str, Any]) -> Request:
@@ -176,32 +172,9 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
             if isinstance(given["guidance_scale"], FloatDefault):
                 given["guidance_scale"] = FloatDefault(scale)
             given["strength"] = or_default(given["strength"], strength)
-            if given["height"] is None and given["width"] is None:
-                given["height"], given["width"] = fitting(load_images(image).shape[2:], self.default_size[0])
+            given |= fit_start(self, given, image)
         texts = check_texts(self, given)
         count, each = texts.num_pictures, or_default(given["num_images_per_prompt"], 1)
         image, mask, strength = check_pictures(self, given, count, count // each, None)
         request = check_call(self, given, texts, check_size(given, self.default_size, 1))
         return replace(request, image=image, mask=mask, strength=strength)
-
-    def _begin(self, request: Request, eps: Tensor, steps: Steps) -> tuple[Tensor, Restore | None]:
-        """Diffuse the picture, where it is not kept, to the first level; after each step it is kept again."""
-        assert request.image is not None
-        image = (request.image * 2 - 1).to(self.device)
-        x = q_sample(image, eps, float(steps.alpha[0]), float(steps.sigma[0]))
-        if request.mask is None:
-            return x, None
-        fresh = request.mask.to(self.device) >= 0.5
-        return torch.where(fresh, x, image), lambda _, x: torch.where(fresh, x, image)
-
-
-def fitting(size: Sequence[int], side: int) -> tuple[int, int]:
-    """Return the height and width of a picture whose shorter side is brought to `side`, as diffusers' IF does.
-
-    Args:
-        size: its height and width.
-    """
-    height, width = size
-    if width >= height:
-        return side, max(round(side / 8 * width / height) * 8, 8)
-    return max(round(side / 8 * height / width) * 8, 8), side

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusion
 from ldm_pipe.pipelines import files
 from ldm_pipe.pipelines.calls import draw_pictures, first_noise
 from ldm_pipe.pipelines.checks import check_call, check_small, check_texts, fit_small
+from ldm_pipe.pipelines.from_picture import begin_from, fit_start
 from ldm_pipe.pipelines.pixel_space import PixelSpace
 from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.process import q_sample
 from ldm_pipe.request import Request
+from ldm_pipe.request_pictures import check_pictures
+from ldm_pipe.request_shared import or_default
 from ldm_pipe.schedule import Law, NoiseSchedule
 from ldm_pipe.unet import UNet
 
@@ -38,6 +42,8 @@ LATENT, PIXEL = "StableDiffusionUpscalePipeline", "IFSuperResolutionPipeline"
 SCALING_FACTOR = 0.08333  # diffusers' pipeline sets it, whatever the autoencoder's folder says
 MAX_NOISE_LEVEL = 350
 NOISINGS = {LATENT: "low_res_scheduler", PIXEL: "image_noising_scheduler"}
+CLASSES = (LATENT, PIXEL, "IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline")
+OF_PICTURES = ("original_image", "mask_image", "strength")
 
 
 class UpscalePipeline(Placement, Adapters, Call):
@@ -55,6 +61,8 @@ class UpscalePipeline(Placement, Adapters, Call):
         max_noise_level: the highest level that a call may ask for.
         defaults: what the model is best drawn with; untouched arguments are those of diffusers' pipelines.
     """
+
+    paints = False  # no channels of the U-Net are for masks
 
     def __init__(
         self,
@@ -90,14 +98,14 @@ class UpscalePipeline(Placement, Adapters, Call):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> UpscalePipeline:
-        """Load a folder or a model of the hub: StableDiffusionUpscalePipeline or IFSuperResolutionPipeline.
+        """Load a folder or a model of the hub: StableDiffusionUpscalePipeline, or one of IF's stage II.
 
         Args:
             options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
                 `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        found = files.load(pretrained_model_name_or_path, (LATENT, PIXEL), **options)
+        found = files.load(pretrained_model_name_or_path, CLASSES, **options)
         if not isinstance(found.noising, NoiseSchedule):
             raise LdmPipeError("the law of the small picture's noise is not discrete", found.name)
         vae = found.autoencoder
@@ -173,6 +181,9 @@ class UpscalePipeline(Placement, Adapters, Call):
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_latents: bool = False,
+        original_image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
     ) -> LatentDiffusionOutput | tuple[Any, None]:
         """Enlarge pictures; names and order are those of diffusers' StableDiffusionUpscalePipeline.
 
@@ -183,6 +194,9 @@ class UpscalePipeline(Placement, Adapters, Call):
             noise_level: how much noise is laid over the small picture, from 0 to `pipe.max_noise_level`.
             height, width: of the result, in pixels; only of a model in pixels: others multiply by `pipe.factor`.
             seed: picture i is drawn from seed + i (or seed[i]), whatever the batch; None draws a seed and tells it.
+            original_image, mask_image, strength: of a model in pixels, the large picture to start from or paint into,
+                as diffusers' IFImg2ImgSuperResolutionPipeline and IFInpaintingSuperResolutionPipeline do; `image` is
+                what stage I made of it. strength None: 0.8.
             prompt, negative_prompt, prompt_embeds, sampler, thresholding, ...: as of LatentDiffusionPipeline.
         Returns: LatentDiffusionOutput, or (images, None) for return_dict=False.
         Raises: LdmPipeError naming argument, value and range, before any work.
@@ -196,12 +210,21 @@ class UpscalePipeline(Placement, Adapters, Call):
             cond, uncond = drawing.encode_prompts(self, request)
             cond, uncond = (c if c is None else c.join(beside) for c in (cond, uncond))
             assert cond is not None
-            output = draw_pictures(self, request, eps, draw, cond, uncond)
+            output = draw_pictures(self, request, eps, draw, cond, uncond, begin_from(self, request))
         return output if return_dict else (output.images, None)
 
     def _check(self, given: dict[str, Any]) -> tuple[Request, Tensor, int]:
         """Settle a call: the request, the small pictures in [-1, 1], (B, 3, h, w), and the level of their noise."""
+        original, painting = given["original_image"], given["mask_image"] is not None
+        if not self.in_pixels and any(given[name] is not None for name in OF_PICTURES):
+            raise LdmPipeError(f"{', '.join(OF_PICTURES)}: this model works on latents", how_to_fix="leave them out")
+        if original is None and painting:
+            raise LdmPipeError("mask_image without original_image", how_to_fix="give the large picture to paint into")
         steps, scale, level = (50, 4.0, 250) if self.in_pixels else (75, 9.0, 20)
+        if painting:
+            steps, level = 100, 0
+        if original is not None:
+            given |= {"strength": or_default(given["strength"], 0.8), **fit_start(self, given, original)}
         if given["num_inference_steps"] is None:
             given["num_inference_steps"] = IntDefault(steps)
         if given["guidance_scale"] is None:
@@ -209,10 +232,12 @@ class UpscalePipeline(Placement, Adapters, Call):
         level = min(level, self.max_noise_level) if given["noise_level"] is None else given["noise_level"]
         level = whole_number("noise_level", level, 0, self.max_noise_level)
         texts = check_texts(self, given)
-        each = given["num_images_per_prompt"] or 1
-        small = check_small(given["image"], texts.num_pictures, texts.num_pictures // each)
-        small, size = fit_small(self, small, given, align_corners=True)
-        return check_call(self, given, texts, size), small, level
+        count, groups = texts.num_pictures, texts.num_pictures // (given["num_images_per_prompt"] or 1)
+        small, size = fit_small(self, check_small(given["image"], count, groups), given, align_corners=True)
+        start = {**given, "image": original}
+        image, mask, strength = check_pictures(self, start, count, groups, None)
+        request = check_call(self, given, texts, size)
+        return replace(request, image=image, mask=mask, strength=strength), small, level
 
     def _noises(self, request: Request, small: Tensor, level: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """Draw the first noise, and lay noise over the small picture; draws come in diffusers' order."""

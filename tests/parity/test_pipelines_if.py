@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm_pipe import load_pipeline
 from ldm_pipe.cli import main
 from ldm_pipe.pipelines import PixelDiffusionPipeline, UpscalePipeline
-from ldm_pipe.pipelines.pixel import fitting
+from ldm_pipe.pipelines.from_picture import fitting
 from ldm_pipe.pretrained import LdmPipeError
 from tests.pipelines import OF_IF, close, quiet, seeded, unit
 from tests.text_encoders import unigram_tokenizer
@@ -46,13 +46,13 @@ def texts(tmp_path: Path) -> dict[str, Any]:
 
 def pipeline(kind: str, tmp_path: Path, **law: Any) -> Any:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(**(STAGE_2 if kind == "IFSuperResolutionPipeline" else STAGE_1)).eval()
+    unet = diffusers.UNet2DConditionModel(**(STAGE_2 if "SuperResolution" in kind else STAGE_1)).eval()
     with torch.no_grad():
         unet.conv_out.weight.mul_(1.5)
     parts = {**texts(tmp_path), "unet": unet, "safety_checker": None, "feature_extractor": None, "watermarker": None}
     dynamic = {"thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5}
     parts["scheduler"] = diffusers.DDPMScheduler(**LAW, **{"variance_type": "learned_range", **dynamic, **law})
-    if kind == "IFSuperResolutionPipeline":
+    if "SuperResolution" in kind:
         parts["image_noising_scheduler"] = diffusers.DDPMScheduler(**LAW)
     pipe = getattr(diffusers, kind)(**parts, requires_safety_checker=False)
     return quiet(pipe)
@@ -149,6 +149,31 @@ def test_from_a_picture(strength: float, kind: str, tmp_path: Path) -> None:
     close(got, unit(wanted))
     if kind == "IFInpaintingPipeline":
         torch.testing.assert_close(got[..., :4], picture.expand(2, -1, -1, -1)[..., :4], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline"])
+def test_stage_2_from_a_picture(kind: str, tmp_path: Path) -> None:
+    """The large picture is diffused, or painted into, beside the small one."""
+    theirs = pipeline(kind, tmp_path)
+    theirs.save_pretrained(tmp_path)
+    ours: Any = quiet(load_pipeline(tmp_path))
+    assert type(ours) is UpscalePipeline
+    small, large = (torch.rand((1, 3, side, side), generator=seeded(side)) for side in (8, 16))
+    call = {**CALL, "guidance_scale": 3.0, "strength": 0.6}
+    painting = kind == "IFInpaintingSuperResolutionPipeline"
+    call |= {"mask_image": mask().repeat_interleave(2, 2).repeat_interleave(2, 3)} if painting else {}
+    their_pictures = {"image": small * 2 - 1, "original_image": large * 2 - 1}
+    wanted = theirs(**call, **their_pictures, generator=seeded(), clean_caption=False, output_type="np").images
+    got = ours(**call, image=small, original_image=large, generator=seeded(), output_type="pt")
+    close(got.images, unit(wanted))
+    if painting:
+        torch.testing.assert_close(got.images[..., :8], large[..., :8], rtol=0, atol=1e-6)
+    call.pop("strength")
+    told = ours(**call, image=small, original_image=large, seed=1).infos[0].settings
+    assert told["Denoising strength"] == "0.8"
+    for wrong in ({"strength": 2.0}, {"original_image": None}, {"mask_image": 3}):
+        with pytest.raises(LdmPipeError):
+            ours(**{**call, "image": small, "original_image": large, "mask_image": large[:, :1], **wrong})
 
 
 def test_a_picture_is_brought_to_the_size_of_the_training(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """unCLIP's prior and text projection against diffusers (0.42.1) on tiny random models, fp32.
 
-The same operators in the same order but for the sums inside attention: 1e-5, relative to the largest value.
+The same operators in the same order but for the sums inside attention: 1e-5, relative to the largest value; bfloat16:
+`tests/bfloat16.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from ldm_pipe.pretrained import load_tensors
 from ldm_pipe.unet.prior import PriorTransformer
 from ldm_pipe.unet.text_projection import UnCLIPTextProjModel
+from tests.bfloat16 import assert_as_close_as_the_reference
 from tests.text_encoders import draw
 
 diffusers = pytest.importorskip("diffusers", reason="the reference")
@@ -76,6 +78,20 @@ def test_prior(name: str, masked: bool, tmp_path: Path) -> None:
         wanted = theirs(x_t, time, caption, tokens, mask).predicted_image_embedding
         close(found, wanted.reshape(found.shape))
     close(ours.denormalise(x_t), theirs.post_process_latents(x_t))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_prior_in_bfloat16(name: str, tmp_path: Path) -> None:
+    config = {**KARLO, **VARIANTS[name]}
+    theirs, ours = both(config, tmp_path)
+    x_t, caption = numbers(0, 2, 20), numbers(1, 2, config.get("embedding_proj_dim", 20))
+    tokens, mask = numbers(2, 2, 7, 20), torch.arange(7) < torch.tensor([[3], [6]])
+    exact = ours(x_t, 7.0, tokens=tokens, token_mask=mask, pooled=caption)
+    x_t, caption, tokens = x_t.bfloat16(), caption.bfloat16(), tokens.bfloat16()
+    found = ours.bfloat16()(x_t, 7.0, tokens=tokens, token_mask=mask, pooled=caption)
+    wanted = theirs.bfloat16()(x_t, 7, caption, tokens, mask).predicted_image_embedding.reshape(found.shape)
+    assert_as_close_as_the_reference(found, wanted, exact)
 
 
 @torch.no_grad()
