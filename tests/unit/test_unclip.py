@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import ldm_pipe
-from conditioning import CLIPImageEncoder, CLIPTextEncoder
+from conditioning import CLIPImageEncoder, CLIPTextEncoder, ClipTokenizer
 from conditioning.text import KARLO
 from ldm_pipe import LatentDiffusionPipeline, NoiseSchedule, UNet
 from ldm_pipe.cli import main
@@ -317,6 +317,20 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
     ):
         with pytest.raises(LdmPipeError):
             wrong()
+
+
+def test_karlos_published_sizes_belong_together() -> None:
+    configs = {name: FULL_SIZE[f"karlo/{name}"]["config"] for name in ("prior", "text_proj", "decoder")}
+    words = ClipTokenizer(TOKENIZER.vocab, TOKENIZER.merges, max_length=77)
+    large = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+    with torch.device("meta"):
+        whole = parts(
+            text_encoder=CLIPTextEncoder({**TEXT, **large, "max_position_embeddings": 77}, words, KARLO),
+            text_proj=UnCLIPTextProjModel.from_config(configs["text_proj"]),
+            decoder=UNet.from_config(configs["decoder"]),
+        )
+        pipe = UnCLIPPipeline(whole, PriorTransformer.from_config(configs["prior"]), LAW)
+    assert pipe.default_size == (8, 8)
 
 
 WRONG_FOLDERS: list[tuple[str, str, Callable[[Any], Any]]] = [
