@@ -22,6 +22,7 @@ from ldm_pipe.pretrained import LdmPipeError, read_json
 from ldm_pipe.training.autoencoder import AutoencoderConfig
 from ldm_pipe.training.config import OptimConfig, TrainConfig, build_config, read_yaml
 from ldm_pipe.training.diffusion import DiffusionConfig
+from ldm_pipe.training.optim import make_optimizer
 from ldm_pipe.unet import UNet
 
 MOST_OPERATIONS = 3e12  # of a measured step: some ten seconds on one core
@@ -178,7 +179,7 @@ def _measure(net: Net, batch: int, device: torch.device, dtype: torch.dtype | No
     """Run two forward and backward passes with an optimiser step; returns the seconds of the second."""
     with torch.device(device), torch.random.fork_rng():
         module, inputs = net.make(), net.inputs(batch)
-    optimizer = torch.optim.AdamW(module.parameters(), foreach=True)
+    optimizer = make_optimizer(module, net.optim)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -199,10 +200,7 @@ def _optimizer_bytes(config: OptimConfig, module: nn.Module) -> int:
         case "adamw_8bit":
             return sum(2 * p.numel() for p in module.parameters())
         case "adafactor":
-            shapes = [tuple(p.shape) for p in module.parameters()]
-            rows = [p.numel() // s[-1] + p.numel() // s[-2] for p, s in zip(module.parameters(), shapes, strict=True)
-                    if len(s) > 1]  # fmt: skip
-            return 4 * (sum(rows) + sum(p.numel() for p in module.parameters() if p.ndim < 2))
+            return sum(4 * (p.numel() if p.ndim < 2 else len(p) + p[0].numel()) for p in module.parameters())
 
 
 def plan_net(net: Net, config: TrainConfig, device: torch.device, measure: bool) -> Cost:
