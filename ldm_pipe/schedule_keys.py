@@ -145,7 +145,7 @@ class Getter:
         """Take a config; without a class name it is a plain dict, whose keys have no age."""
         self.config = config
         self.keys = KEYS.get(config.get("_class_name", ""), {})
-        self.version = _version(config.get("_diffusers_version"))
+        self.version = version_of(config.get("_diffusers_version"))
 
     def required(self, key: str) -> Any:
         """Return a value that must be there."""
@@ -181,7 +181,7 @@ def _number(key: str, value: Any) -> float:
     return float(value)
 
 
-def _version(text: Any) -> tuple[float, float] | None:
+def version_of(text: Any) -> tuple[float, float] | None:
     """Return (major, minor) of a diffusers version; a development version may lack what its release has."""
     found = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
     if found is None:

@@ -48,6 +48,7 @@ from ldm_pipe.interop.index import (
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, check_links, read_json, resolve_folder
 from ldm_pipe.schedule import Law
+from ldm_pipe.schedule_keys import version_of
 from ldm_pipe.unet import UNet
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
@@ -57,6 +58,11 @@ RUN_PIPELINE = "pipeline"  # the folder inside a training run
 ZERO_KEY = "zero_empty_prompt"  # in ldm_pipe.json, where the index has no place for it
 XL_GUIDANCE = 5.0  # guidance scale of diffusers' SDXL pipelines where none is asked for
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# What diffusers would fill in silently, drawing other pictures: part, class, key, since when its files hold it.
+DECIDING = (
+    ("unet", "UNet2DConditionModel", "attention_head_dim", (0, 2)),
+    ("vae", "AutoencoderKL", "scaling_factor", (0, 13)),
+)
 OF_UNCLIP = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
 
 
@@ -156,6 +162,7 @@ def load_parts(
     if not own and index["_class_name"] in XL_PIPELINES:
         defaults = replace(defaults, guidance_scale=XL_GUIDANCE)
     common: dict[str, Any] = {"dtype": dtype, "variant": variant, "device": device}
+    _check_deciding(root)
     with config_errors(root / "unet"):
         unet = UNet.from_pretrained(root / "unet", memory_format=unet_layout(device, dtype), **common)
     with config_errors(vae):
@@ -180,6 +187,21 @@ def load_parts(
         what = f"{XL_FLAGS[1]} is {not scored}, the U-Net is of the other kind"
         raise LdmPipeError(what, str(root / "model_index.json"), "Fetch or export the folder anew.")
     return parts
+
+
+def _check_deciding(root: Path) -> None:
+    """Refuse configs without the one key that no tensor's shape tells (FAULTS 18).
+
+    Raises: LdmPipeError naming file and key.
+    """
+    for part, kind, key, since in DECIDING:
+        path = root / part / "config.json"
+        config = read_json(path) if path.is_file() else {"_class_name": None}
+        if not isinstance(config, dict):
+            raise LdmPipeError("a config must be a JSON object", str(path))
+        version = version_of(config.get("_diffusers_version"))
+        if config.get("_class_name", kind) == kind and key not in config and (version is None or version >= since):
+            raise LdmPipeError(f"the key {key!r} is missing", str(path), "Add it with the value of the training.")
 
 
 def unet_layout(device: str | torch.device, dtype: torch.dtype | None) -> torch.memory_format:

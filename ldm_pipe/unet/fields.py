@@ -8,6 +8,8 @@ from typing import Any
 
 from ldm_pipe.pretrained import LdmPipeError
 
+MOST_LAYERS = 64  # of levels, of blocks in a level, of layers in a block: 10 is the most of any known network
+
 
 def refuse(field: str, value: Any, allowed: str) -> LdmPipeError:
     """Return the error for a value that the network cannot represent."""
@@ -41,24 +43,24 @@ def per_level(config: Mapping[str, Any], field: str, count: int) -> list[Any]:
 def positive(config: Mapping[str, Any], field: str) -> int:
     """Return a field that must be a whole number of at least 1."""
     value = config[field]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise refuse(field, value, "a whole number of at least 1")
-    return value
+    return all_positive(field, [value])[0]
 
 
 def all_positive(field: str, values: list[Any], least: int = 1) -> list[int]:
-    """Return values that must be whole numbers."""
+    """Return values that must be whole numbers; those that count layers have an upper bound too (FAULTS 51)."""
+    most = MOST_LAYERS if field.endswith("layers_per_block") else math.inf
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise refuse(field, value, f"whole numbers of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            bound = "" if most == math.inf else f" and at most {most}"
+            raise refuse(field, value, f"whole numbers of at least {least}{bound}")
     return values
 
 
 def read_channels(config: Mapping[str, Any]) -> list[int]:
     """Return the widths of the levels; the norms must be able to group them."""
     widths = config["block_out_channels"]
-    if not isinstance(widths, (list, tuple)) or not widths:
-        raise refuse("block_out_channels", widths, "a list of widths")
+    if not isinstance(widths, (list, tuple)) or not 1 <= len(widths) <= MOST_LAYERS:
+        raise refuse("block_out_channels", widths, f"a list of 1 to {MOST_LAYERS} widths")
     groups = positive(config, "norm_num_groups")
     for width in all_positive("block_out_channels", list(widths)):
         if width % groups:
