@@ -20,6 +20,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 SD_PIPELINES = {4: "StableDiffusionPipeline", 9: "StableDiffusionInpaintPipeline"}
 XL_PIPELINES = {4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"}
 REFINER = "StableDiffusionXLImg2ImgPipeline"
+DEPTH = "StableDiffusionDepth2ImgPipeline"  # read only: the file's depth estimator is no part of ours
 # Written out in full: a key left out would be filled in silently by whatever reads the folder.
 _LAW: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
@@ -239,14 +240,17 @@ def detect(tensors: Mapping[str, Tensor], where: str) -> Family:
 
 
 def with_channels(family: Family, channels: int, where: str) -> Family:
-    """Return the family with another number of input channels: 9 is an inpainting model.
+    """Return the family with another number of input channels: 9 is an inpainting model, 5 SD 2's depth model.
 
     Raises: LdmPipeError for a number that no pipeline of the family has.
     """
     known = XL_PIPELINES if family.is_xl else SD_PIPELINES
+    known = {**known, 5: DEPTH} if family.name == "sd2" else known
     if channels not in known or (family.pipeline == REFINER and channels != 4):
         what = f"the U-Net takes {channels} channels"
-        raise LdmPipeError(what, where, "4 and 9 (inpainting) are known; depth, pix2pix and upscaler files are not.")
+        raise LdmPipeError(
+            what, where, "4, 9 (inpainting) and SD 2's 5 (depth) are known; pix2pix and upscaler files are not."
+        )
     pipeline = family.pipeline if family.pipeline == REFINER else known[channels]
     return replace(family, pipeline=pipeline, unet={**family.unet, "in_channels": channels})
 
@@ -269,7 +273,8 @@ def of_folder(root: Path) -> Family:
     elif pipeline in SD_PIPELINES.values():
         name = "sd2" if configs.get("text_encoder", {}).get("hidden_act") == "gelu" else "sd1"
     else:
-        raise LdmPipeError(f"the folder holds a {pipeline!r:.80}", where, "Single files hold SD 1, 2 and XL models.")
+        fix = "Single files hold SD 1, 2 and XL models; depth models only with an estimator, which is no part of ours."
+        raise LdmPipeError(f"the folder holds a {pipeline!r:.80}", where, fix)
     for part, known in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
         if configs[part].get("_class_name", known) != known:
             raise LdmPipeError(f"{part} is a {configs[part]['_class_name']}", where, f"A single file holds a {known}.")

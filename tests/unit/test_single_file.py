@@ -7,6 +7,7 @@ import hashlib
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from autoencoder import AutoencoderKL
 from conditioning import CLIPTextEncoder
-from ldm_pipe import schedule_config
+from ldm_pipe import LatentDiffusionPipeline, schedule_config
 from ldm_pipe.cli import main
 from ldm_pipe.interop.checkpoint import load_checkpoint
 from ldm_pipe.interop.families import FAMILIES, UNET, Family, detect
-from ldm_pipe.interop.single_file import REST, export_single_file, import_single_file, join
+from ldm_pipe.interop.single_file import REST, export_single_file, guessed_otherwise, import_single_file, join
 from ldm_pipe.pretrained import LdmPipeError, load_tensors, save_tensors
 from ldm_pipe.unet import UNet
 from tests.single_files import make_folder
@@ -226,6 +227,23 @@ def test_damaged_and_foreign_files_are_refused_and_nothing_is_left(folders: dict
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_depth_model_is_read_and_its_estimator_stays_behind(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The layout of stabilityai's 512-depth-ema: SD 2 with 5 channels, and MiDaS under `depth_model.`."""
+    export_single_file(folders["sd2"], tmp_path / "plain.safetensors")
+    tensors, conv = load_tensors(tmp_path / "plain.safetensors"), f"{UNET}input_blocks.0.0.weight"
+    tensors[conv] = torch.cat([tensors[conv], torch.ones(len(tensors[conv]), 1, 3, 3)], dim=1)
+    save_tensors(tmp_path / "depth.safetensors", {**tensors, "depth_model.model.pretrained.x": torch.ones(2)})
+    like, folder = folders["sd2"], tmp_path / "folder"
+    report = import_single_file(tmp_path / "depth.safetensors", folder, like=like, prediction="eps")
+    assert "depth estimator stays behind" in report.notes[0]
+    pipe = LatentDiffusionPipeline.from_pretrained(folder)
+    assert pipe.spatial is not None
+    assert pipe.spatial.kind == "depth"
+    assert torch.equal(pipe.unet.conv_in.weight, tensors[conv])
+    with pytest.raises(LdmPipeError, match="only with an estimator"):
+        export_single_file(folder, tmp_path / "again.safetensors")
+
+
 def test_stable_diffusion_2_is_not_imported_without_its_prediction() -> None:
     from ldm_pipe.interop.single_file import _prediction
 
@@ -254,6 +272,16 @@ def test_what_readers_would_assume_wrongly_is_refused(
     with pytest.raises(LdmPipeError, match=reason):
         export_single_file(folder, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(("word", "spread", "told"), [("eps", 0.05, 0), ("eps", 0.2, 1), ("v", 0.05, 1), ("v", 0.2, 0)])
+def test_comfyuis_guess_at_the_prediction_is_told_where_it_is_wrong(word: str, spread: float, told: int) -> None:
+    """As tried with ComfyUI a125cd8 on full-size files."""
+    law = {"prediction_type": {"eps": "epsilon", "v": "v_prediction"}[word]}
+    bias = spread * torch.tensor([1.0, -1.0])
+    tensors = {f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias": bias.half()}
+    assert len(guessed_otherwise(tensors, replace(FAMILIES["sd2"], scheduler=law))) == told
+    assert guessed_otherwise(tensors, replace(FAMILIES["sd1"], scheduler=law)) == ()
 
 
 def test_predicting_v_with_zero_terminal_snr_is_written_where_readers_look_for_it(tmp_path: Path) -> None:
