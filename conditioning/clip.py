@@ -17,7 +17,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from conditioning.condition import Condition
-from conditioning.text import READING_KEY, SD1, Reading, check_mask, choose_state, encode_prompts, tokenizer_of
+from conditioning.text import (
+    READING_KEY,
+    SD1,
+    Reading,
+    check_mask,
+    check_sizes,
+    choose_state,
+    encode_prompts,
+    tokenizer_of,
+)
 from conditioning.tokenizer import ClipTokenizer
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, resolve_folder
 
@@ -332,10 +341,7 @@ class CLIPTextEncoder(PretrainedModule):
 def _checked(config: Mapping[str, Any]) -> FrozenConfig:
     """Validate the fields that shape the network and fill in the others' defaults."""
     where = "text encoder config"
-    for name, largest in _SIZES.items():
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-            raise LdmPipeError(f"{name} is {value!r}, expected a whole number from 1 to {largest}", where)
+    check_sizes(config, _SIZES, where=where)
     if config["hidden_size"] % config["num_attention_heads"]:
         width, heads = config["hidden_size"], config["num_attention_heads"]
         what = f"hidden_size {width} is not a multiple of num_attention_heads {heads}"

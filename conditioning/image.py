@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conditioning.condition import Condition
+from conditioning.text import check_sizes
 from ldm_pipe.pretrained import (
     FrozenConfig,
     LdmPipeError,
@@ -28,6 +29,8 @@ from ldm_pipe.pretrained import (
 )
 
 ImageSlot = Literal["pooled", "token", "patches"]
+_SIZES = {"num_hidden_layers": 256, "hidden_size": 16384, "intermediate_size": 1 << 17, "num_attention_heads": 256}
+_SIZES |= {"image_size": 4096, "patch_size": 4096, "projection_dim": 16384}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -54,6 +57,7 @@ class CLIPImageEncoder(nn.Module):
         """Build from fields of CLIPVisionConfig, with random weights."""
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+        check_sizes(config, _SIZES, where="image encoder config", required=False)
         fields = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "slot")}
         return cls(CLIPVisionModelWithProjection(CLIPVisionConfig(**fields)).eval(), slot)
 

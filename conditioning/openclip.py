@@ -20,6 +20,7 @@ from conditioning.text import (
     LibraryTokenizer,
     Reading,
     check_mask,
+    check_sizes,
     choose_state,
     encode_prompts,
 )
@@ -36,6 +37,7 @@ from ldm_pipe.pretrained import (
 )
 
 OWN_CONFIG, THEIR_CONFIG = "config.json", "open_clip_config.json"
+_SIZES = {"layers": 256, "width": 16384, "heads": 256, "context_length": 1 << 16, "vocab_size": 1 << 22}
 _OTHER_PARTS = ("visual.", "logit_scale", "logit_bias", "text_decoder.", "attn_mask", "text.attn_mask")
 
 
@@ -225,6 +227,7 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
     text = config.get("text_cfg")
     if not isinstance(text, Mapping) or not isinstance(config.get("embed_dim"), int):
         raise LdmPipeError("embed_dim and text_cfg are needed", "OpenCLIP config", "Give one of open_clip's configs.")
+    check_sizes(text, _SIZES, where="OpenCLIP config", required=False)
     text = {**text, **({"hf_model_pretrained": False} if text.get("hf_model_name") else {})}
     try:
         return cast(nn.Module, _build_text_tower(config["embed_dim"], text, bool(config.get("quick_gelu", False))))

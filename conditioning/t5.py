@@ -17,11 +17,21 @@ from torch import Tensor, nn
 
 from conditioning.condition import Condition
 from conditioning.framing import FramedTokenizer
-from conditioning.text import READING_KEY, T5, LibraryTokenizer, Reading, check_mask, choose_state, encode_prompts
+from conditioning.text import (
+    READING_KEY,
+    T5,
+    LibraryTokenizer,
+    Reading,
+    check_mask,
+    check_sizes,
+    choose_state,
+    encode_prompts,
+)
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, atomic_write, read_json, resolve_folder, save_tensors
 
 MAX_LENGTH = 512  # T5 was trained on no more
 CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+_SIZES = {"num_layers": 256, "d_model": 16384, "d_kv": 4096, "num_heads": 256, "d_ff": 1 << 17, "vocab_size": 1 << 22}
 _DECODER = ("decoder.", "lm_head.")
 _TIED = "encoder.embed_tokens.weight"
 
@@ -58,13 +68,14 @@ class T5TextEncoder(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> T5TextEncoder:
         """Build the network from fields of T5Config (MT5Config, UMT5Config), with random weights and no tokenizer.
 
-        Raises: LdmPipeError for another `model_type`.
+        Raises: LdmPipeError for another `model_type`, or sizes that no such network has.
         """
         import transformers
 
         kind = config.get("model_type", "t5")
         if kind not in CLASSES:
             raise LdmPipeError(f"model_type {kind!r} is no T5", "text encoder config", f"Known: {list(CLASSES)}.")
+        check_sizes(config, _SIZES, where="text encoder config", required=False)
         library: Any = transformers
         fields = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
         build = getattr(library, CLASSES[kind])

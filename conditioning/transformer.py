@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conditioning.condition import Condition
 from conditioning.framing import FramedTokenizer
-from conditioning.text import SD1, LibraryTokenizer, Reading, check_mask, choose_state, encode_prompts
+from conditioning.text import SD1, LibraryTokenizer, Reading, check_mask, check_sizes, choose_state, encode_prompts
 from conditioning.tokenizer import ClipTokenizer
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, resolve_folder
 
@@ -185,10 +185,7 @@ class TransformerTextEncoder(PretrainedModule):
 
 def _checked(config: Mapping[str, Any], reading: Reading) -> FrozenConfig:
     where = "text encoder config"
-    for name, largest in _SIZES.items():
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-            raise LdmPipeError(f"{name} is {value!r}, expected a whole number from 1 to {largest}", where)
+    check_sizes(config, _SIZES, where=where)
     dropout = config.get("dropout", 0.0)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise LdmPipeError(f"dropout is {dropout!r}, expected 0 to below 1", where)

@@ -218,9 +218,10 @@ def _checked(config: Mapping[str, Any]) -> FrozenConfig:
         *_WIDTHS,
     ):
         value = full[name]
-        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
+        most = 256 if name == "num_layers" else 1 << 20
+        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
         if not whole and not (name in _WIDTHS and value is None):
-            raise LdmPipeError(f"{name} is {value!r:.80}", where, "Allowed: a whole number of at least 1.")
+            raise LdmPipeError(f"{name} is {value!r:.80}", where, f"Allowed: a whole number from 1 to {most}.")
     more = full["additional_embeddings"]
     if isinstance(more, bool) or not isinstance(more, int) or not 0 <= more <= 1 << 20:
         raise LdmPipeError(f"additional_embeddings is {more!r:.80}", where, "Allowed: a whole number from 0.")

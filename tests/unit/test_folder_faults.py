@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from autoencoder import VQModel
+from conditioning import CLIPImageEncoder, OpenCLIPTextEncoder, T5TextEncoder
 from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.cli import main
 from ldm_pipe.files import load_folder_tensors, safe_child
 from ldm_pipe.pretrained import LdmPipeError, read_json
 from ldm_pipe.unet import UNet
+from ldm_pipe.unet.prior import PriorTransformer
 from tests.pipelines import quiet
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_pipeline"
@@ -184,6 +187,33 @@ SIZES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("part", "change"), SIZES, ids=[f"{part} {next(iter(c))}" for part, c in SIZES])
 def test_fault_51_huge_and_negative_sizes(part: str, change: dict[str, Any], model: Path) -> None:
     _refused_at_once(model, part, lambda config: json.dumps({**config, **change}))
+
+
+NETWORKS: list[tuple[Any, dict[str, Any]]] = [
+    (T5TextEncoder, {"model_type": "t5", "num_layers": 10**6}),
+    (T5TextEncoder, {"model_type": "umt5", "d_model": 2**31}),
+    (OpenCLIPTextEncoder, {"embed_dim": 8, "text_cfg": {"layers": 10**6}}),
+    (CLIPImageEncoder, {"num_hidden_layers": 10**6}),
+    (CLIPImageEncoder, {"image_size": 2**31}),
+    (PriorTransformer, {"num_layers": 10**6}),
+    (UNet, {"_class_name": "UNet2DModel", "layers_per_block": 10**6}),
+    (VQModel, {"num_vq_embeddings": 2**40}),
+]
+
+
+@pytest.mark.parametrize(("cls", "config"), NETWORKS, ids=[f"{cls.__name__} {[*c][-1]}" for cls, c in NETWORKS])
+def test_fault_51_huge_networks_are_refused_before_they_are_built(cls: Any, config: dict[str, Any]) -> None:
+    with torch.device("meta"), pytest.raises(LdmPipeError, match=r"1000000|2147483648|1099511627776"):
+        cls.from_config(config)
+
+
+def test_fault_49_and_54_code_is_not_asked_for_and_a_hub_id_offline_is_one_error() -> None:
+    """The whole suite runs with HF_HUB_OFFLINE=1."""
+    with pytest.raises(LdmPipeError, match="owner/name"):
+        LatentDiffusionPipeline.from_pretrained("owner/name")
+    for code in ({"custom_pipeline": "owner/code"}, {"trust_remote_code": True}):
+        with pytest.raises(TypeError):
+            LatentDiffusionPipeline.from_pretrained(TINY, **code)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, '"' + "x" * 10**8, "{" + '"a": 1, ' * 10**7])
