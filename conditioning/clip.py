@@ -17,18 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from conditioning.condition import Condition
-from conditioning.text import (
-    READING_KEY,
-    SD1,
-    Reading,
-    check_mask,
-    check_sizes,
-    choose_state,
-    encode_prompts,
-    tokenizer_of,
-)
+from conditioning.text import READING_KEY, SD1, Reading, check_mask, choose_state, encode_prompts, tokenizer_of
 from conditioning.tokenizer import ClipTokenizer
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, resolve_folder
+from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, check_sizes, resolve_folder
 
 _SIZES = {
     "vocab_size": 1 << 22,

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conditioning.condition import Condition
-from conditioning.text import check_sizes
 from ldm_pipe.pretrained import (
     FrozenConfig,
     LdmPipeError,
     atomic_write,
+    check_sizes,
     check_tensors,
     load_folder_tensors,
     read_json,

@@ -20,7 +20,6 @@ from conditioning.text import (
     LibraryTokenizer,
     Reading,
     check_mask,
-    check_sizes,
     choose_state,
     encode_prompts,
 )
@@ -29,6 +28,7 @@ from ldm_pipe.pretrained import (
     LdmPipeError,
     PretrainedModule,
     atomic_write,
+    check_sizes,
     check_tensors,
     load_folder_tensors,
     load_tensors,

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 
 from conditioning.condition import Condition
 from conditioning.framing import FramedTokenizer
-from conditioning.text import (
-    READING_KEY,
-    T5,
-    LibraryTokenizer,
-    Reading,
-    check_mask,
+from conditioning.text import READING_KEY, T5, LibraryTokenizer, Reading, check_mask, choose_state, encode_prompts
+from ldm_pipe.pretrained import (
+    FrozenConfig,
+    LdmPipeError,
+    atomic_write,
     check_sizes,
-    choose_state,
-    encode_prompts,
+    read_json,
+    resolve_folder,
+    save_tensors,
 )
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, atomic_write, read_json, resolve_folder, save_tensors
 
 MAX_LENGTH = 512  # T5 was trained on no more
 CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}

@@ -139,18 +139,6 @@ def encode_prompts(encoder: PromptEncoder, prompts: Sequence[str], clip_skip: in
     return encoder.encode_ids(batch.ids, batch.mask, clip_skip=clip_skip)
 
 
-def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], *, where: str, required: bool = True) -> None:
-    """Refuse sizes of a config that are no whole numbers from 1 to the given ones, before anything is built.
-
-    Raises: LdmPipeError naming field, value and range.
-    """
-    for name, largest in sizes.items():
-        value = config.get(name)
-        if (value is None and not required) or (type(value) is int and 1 <= value <= largest):
-            continue
-        raise LdmPipeError(f"{name} is {value!r:.80}, expected a whole number from 1 to {largest}", where)
-
-
 def check_mask(ids: Tensor, mask: Tensor) -> Tensor:
     """Return the mask of rows of ids.
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from conditioning.condition import Condition
 from conditioning.framing import FramedTokenizer
-from conditioning.text import SD1, LibraryTokenizer, Reading, check_mask, check_sizes, choose_state, encode_prompts
+from conditioning.text import SD1, LibraryTokenizer, Reading, check_mask, choose_state, encode_prompts
 from conditioning.tokenizer import ClipTokenizer
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, resolve_folder
+from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, check_sizes, resolve_folder
 
 _SIZES = {
     "vocab_size": 1 << 22,

@@ -38,6 +38,7 @@ __all__ = [
     "PretrainedModule",
     "atomic_write",
     "check_links",
+    "check_sizes",
     "check_tensors",
     "load_folder_tensors",
     "load_tensors",
@@ -117,6 +118,18 @@ def without_wrapper(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]
             warnings.warn(f"{where}: every name begins with {prefix!r}; it is left out", stacklevel=2)
             return without_wrapper({name.removeprefix(prefix): x for name, x in tensors.items()}, where)
     return tensors
+
+
+def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], *, where: str, required: bool = True) -> None:
+    """Refuse sizes of a config that are no whole numbers from 1 to the given ones, before anything is built.
+
+    Raises: LdmPipeError naming field, value and range.
+    """
+    for name, largest in sizes.items():
+        value = config.get(name)
+        if (value is None and not required) or (type(value) is int and 1 <= value <= largest):
+            continue
+        raise LdmPipeError(f"{name} is {value!r:.80}, expected a whole number from 1 to {largest}", where)
 
 
 def check_shapes(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
+from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, check_sizes
 from ldm_pipe.unet.attention import Attention
 from ldm_pipe.unet.layers import ACTIVATIONS, VectorEmbedding, sinusoid
 
@@ -43,7 +43,9 @@ _WORDS: dict[str, tuple[str | None, ...]] = {
     "encoder_hid_proj_type": (None, "linear"),
     "added_emb_type": (None, "prd"),
 }
-_WIDTHS = ("time_embed_dim", "embedding_proj_dim", "clip_embed_dim")  # None: that of another part
+_SIZES = dict.fromkeys(("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings"), 1 << 20)
+_SIZES |= {"num_layers": 256}
+_WIDTHS = dict.fromkeys(("time_embed_dim", "embedding_proj_dim", "clip_embed_dim"), 1 << 20)  # None: another part's
 
 
 class PriorBlock(nn.Module):
@@ -209,19 +211,8 @@ def _checked(config: Mapping[str, Any]) -> FrozenConfig:
     for name, allowed in _WORDS.items():
         if full[name] not in allowed:
             raise LdmPipeError(f"{name} is {full[name]!r:.80}", where, f"Allowed: {', '.join(map(str, allowed))}.")
-    for name in (
-        "num_attention_heads",
-        "attention_head_dim",
-        "num_layers",
-        "embedding_dim",
-        "num_embeddings",
-        *_WIDTHS,
-    ):
-        value = full[name]
-        most = 256 if name == "num_layers" else 1 << 20
-        whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-        if not whole and not (name in _WIDTHS and value is None):
-            raise LdmPipeError(f"{name} is {value!r:.80}", where, f"Allowed: a whole number from 1 to {most}.")
+    check_sizes(full, _SIZES, where=where)
+    check_sizes(full, _WIDTHS, where=where, required=False)
     more = full["additional_embeddings"]
     if isinstance(more, bool) or not isinstance(more, int) or not 0 <= more <= 1 << 20:
         raise LdmPipeError(f"additional_embeddings is {more!r:.80}", where, "Allowed: a whole number from 0.")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule
+from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, PretrainedModule, check_sizes
 
 DEFAULTS = {"clip_extra_context_tokens": 4, "clip_embeddings_dim": 768}
-_FIELDS = (*DEFAULTS, "time_embed_dim", "cross_attention_dim")
+_SIZES = dict.fromkeys((*DEFAULTS, "time_embed_dim", "cross_attention_dim"), 1 << 20)
 
 
 class UnCLIPTextProjModel(PretrainedModule):
@@ -73,9 +73,5 @@ class UnCLIPTextProjModel(PretrainedModule):
 
 def _checked(config: Mapping[str, Any]) -> FrozenConfig:
     full = {**DEFAULTS, **config}
-    for name in _FIELDS:
-        value = full.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:
-            advice = "Allowed: a whole number of at least 1."
-            raise LdmPipeError(f"{name} is {value!r:.80}", "UnCLIPTextProjModel config", advice)
+    check_sizes(full, _SIZES, where="UnCLIPTextProjModel config")
     return FrozenConfig(full)
