@@ -12,6 +12,7 @@ from typing import Any
 
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.unet.fields import (
+    MOST_LAYERS,
     all_positive,
     check_known,
     check_types,
@@ -110,7 +111,7 @@ def _depths(field: str, value: Any, num_blocks: int) -> tuple[int, ...]:
     depths = list(value) if isinstance(value, (list, tuple)) else [value] * num_blocks
     if len(depths) < num_blocks:
         raise refuse(field, value, f"a number, or at least {num_blocks} numbers for this level")
-    return tuple(all_positive(field, depths[:num_blocks], least=0))
+    return tuple(all_positive(field, depths[:num_blocks], least=0, most=MOST_LAYERS))
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _read_levels(config: Mapping[str, Any], family: _Family) -> tuple[LevelSpec,
     count = len(channels)
     down = kinds(config, "down_block_types", family.down, count)
     up = kinds(config, "up_block_types", family.up, count)[::-1]
-    residual = all_positive("layers_per_block", per_level(config, "layers_per_block", count))
+    residual = all_positive("layers_per_block", per_level(config, "layers_per_block", count), most=MOST_LAYERS)
     heads = all_positive("attention_head_dim", per_level(config, "attention_head_dim", count))
     cross = all_positive("cross_attention_dim", per_level(config, "cross_attention_dim", count))
     only_cross = per_level(config, "only_cross_attention", count)

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.unet.fields import all_positive, check_known, check_types, kinds, positive, read_channels, refuse
+from ldm_pipe.unet.fields import (
+    MOST_LAYERS,
+    all_positive,
+    check_known,
+    check_types,
+    kinds,
+    positive,
+    read_channels,
+    refuse,
+)
 from ldm_pipe.unet.spec import AttentionKind, ClassEmbedding, EmbeddingSpec, LevelSpec, MidSpec, Resampling, UNetSpec
 
 # What diffusers 0.42 assumes for a field that a config.json leaves out.
@@ -96,7 +105,7 @@ def _read_levels(config: Mapping[str, Any]) -> tuple[LevelSpec, ...]:
     width = config["attention_head_dim"]
     if width is not None:
         all_positive("attention_head_dim", [width])
-    num_residual = positive(config, "layers_per_block")
+    num_residual = positive(config, "layers_per_block", most=MOST_LAYERS)
     conv: Resampling = "conv" if config["downsample_padding"] == 1 else "conv_asymmetric"
     down_type: Resampling = "residual" if config["downsample_type"] == "resnet" else conv
     up_type: Resampling = "residual" if config["upsample_type"] == "resnet" else "conv"

@@ -40,15 +40,13 @@ def per_level(config: Mapping[str, Any], field: str, count: int) -> list[Any]:
     return list(value)
 
 
-def positive(config: Mapping[str, Any], field: str) -> int:
+def positive(config: Mapping[str, Any], field: str, most: float = math.inf) -> int:
     """Return a field that must be a whole number of at least 1."""
-    value = config[field]
-    return all_positive(field, [value])[0]
+    return all_positive(field, [config[field]], most=most)[0]
 
 
-def all_positive(field: str, values: list[Any], least: int = 1) -> list[int]:
-    """Return values that must be whole numbers; those that count layers have an upper bound too (FAULTS 51)."""
-    most = MOST_LAYERS if field.endswith("layers_per_block") else math.inf
+def all_positive(field: str, values: list[Any], least: int = 1, most: float = math.inf) -> list[int]:
+    """Return values that must be whole numbers between two bounds."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             bound = "" if most == math.inf else f" and at most {most}"
