@@ -28,10 +28,11 @@ from ldm_pipe.interop.folder import (
     read_own,
     staged,
     state_dtype,
+    unet_layout,
 )
 from ldm_pipe.interop.pickles import without_pickles
 from ldm_pipe.outputs import Defaults, Thresholding
-from ldm_pipe.placement import read_dtype
+from ldm_pipe.placement import read_device, read_dtype
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
 from ldm_pipe.schedule import Law
 from ldm_pipe.unet import UNet
@@ -178,6 +179,7 @@ def opened(
     if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
         raise LdmPipeError(f"dtype {dtype} and torch_dtype {torch_dtype} differ", how_to_fix="Give one of them.")
     chosen, pickles = read_dtype(torch_dtype if dtype is None else dtype), use_safetensors is False
+    device = read_device(device)
     source: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision, "pickles": pickles}
     root = find_folder(name, variant=variant, **source)
     with without_pickles(root) if pickles else contextlib.nullcontext(root) as safe:
@@ -187,9 +189,7 @@ def opened(
 def _load(root: Path, index: Mapping[str, Any], named: Path, common: Mapping[str, Any]) -> Loaded:
     own = read_own(root)
     laws = {part: read_law(root / part) for part in SCHEDULERS if part in index}
-    with config_errors(root / "unet"):
-        unet = UNet.from_pretrained(root / "unet", **common)
-        unet.to(memory_format=torch.channels_last)
+    unet = load_unet(root / "unet", common)
     vae = next((part for part in ("vae", "vqvae") if part in index), None)
     autoencoder: Autoencoder | None = None
     if vae is not None:
@@ -229,6 +229,11 @@ def load_part(folder: Path, cls: Any, common: Mapping[str, Any], **more: Any) ->
     """Load one network strictly. Raises: LdmPipeError naming file and cause."""
     with config_errors(folder):
         return cls.from_pretrained(folder, **common, **more)
+
+
+def load_unet(folder: Path, common: Mapping[str, Any]) -> UNet:
+    """Load a U-Net straight into the layout that it draws in."""
+    return load_part(folder, UNet, common, memory_format=unet_layout(common["device"], common["dtype"]))
 
 
 def name_of(root: Path, named: Path) -> str:

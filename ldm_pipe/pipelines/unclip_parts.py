@@ -106,11 +106,10 @@ def load_parts(root: Path, common: Mapping[str, Any]) -> UnCLIPParts:
     def network(part: str, cls: Any, **more: Any) -> Any:
         return files.load_part(root / part, cls, common, **more)
 
-    unets = {part: network(part, UNet) for part in ("decoder", "super_res_first", "super_res_last")}
     return UnCLIPParts(
         network("text_encoder", CLIPTextEncoder, tokenizer=root / "tokenizer", reading=KARLO),
         network("text_proj", UnCLIPTextProjModel),
-        **{part: unet.to(memory_format=torch.channels_last) for part, unet in unets.items()},
+        **{part: files.load_unet(root / part, common) for part in ("decoder", "super_res_first", "super_res_last")},
         decoder_schedule=files.read_law(root / "decoder_scheduler"),
         super_res_schedule=files.read_law(root / "super_res_scheduler"),
     )
