@@ -168,7 +168,7 @@ def _place(source: Tensor, device: torch.device, dtype: torch.dtype, layout: tor
 
 def _forget(file: mmap.mmap, first: int, last: int) -> None:
     """Let the pages of a part of a mapped file go; they come back when they are read again."""
-    if hasattr(file, "madvise"):
+    if hasattr(file, "madvise") and first < last:
         first -= first % mmap.PAGESIZE
         file.madvise(mmap.MADV_DONTNEED, first, last - first)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import shutil
 import socket
@@ -365,6 +366,7 @@ def test_the_device_is_where_the_weights_are_read_to(monkeypatch: pytest.MonkeyP
         return load_tensors(path, **target)
 
     monkeypatch.setattr("ldm_pipe.files.load_tensors", listen)
+    monkeypatch.setattr("ldm_pipe.pipeline.read_device", torch.device)  # this machine need not have it
     LatentDiffusionPipeline.from_pretrained(TINY, device="cuda:1")
     assert seen == [torch.device("cuda:1")] * 3
 
@@ -387,3 +389,12 @@ def test_weights_that_need_no_change_lie_in_the_file(tmp_path: Path) -> None:
     save_tensors(path, {"a": torch.tensor([1.0, math.inf, -math.inf]), "b": torch.full((9,), 6e4).half()})
     with pytest.raises(LdmPipeError, match="NaN or infinity in a"):
         load_tensors(path, mapped=True, finite=True)
+
+
+def test_an_empty_tensor_may_end_the_file_where_a_page_ends(tmp_path: Path) -> None:
+    parts = {"full": (0, 4096), "empty": (4096, 4096)}
+    header = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for name, (a, b) in parts.items()}
+    text = json.dumps(header).ljust(mmap.PAGESIZE - 8).encode()
+    path = tmp_path / "whole.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4096))
+    assert {name: len(tensor) for name, tensor in load_tensors(path).items()} == {"full": 4096, "empty": 0}
