@@ -29,7 +29,7 @@ from ldm_pipe.editing import Editing
 from ldm_pipe.interop.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.interop.pickles import without_pickles
 from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, Thresholding, picture_infos
-from ldm_pipe.placement import Placement, read_dtype
+from ldm_pipe.placement import Placement, read_device, read_dtype
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.prompting import plan_prompts
 from ldm_pipe.request import Request, check_request
@@ -113,6 +113,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
             raise LdmPipeError(f"dtype {dtype} and torch_dtype {torch_dtype} differ", how_to_fix="Give one of them.")
         chosen = read_dtype(dtype if dtype is not None else torch_dtype)
+        device = read_device(device)
         root = find_folder(
             pretrained_model_name_or_path,
             variant=variant,

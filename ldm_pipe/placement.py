@@ -148,3 +148,20 @@ def read_dtype(value: torch.dtype | str | None) -> torch.dtype:
     if found not in known:
         raise LdmPipeError(f"dtype is {value!r}", how_to_fix=f"Use one of {', '.join(str(d) for d in known)}.")
     return found
+
+
+def read_device(value: torch.device | str | int) -> torch.device:
+    """Read a device or its name, and look whether this machine has it.
+
+    Raises: LdmPipeError naming what this machine has.
+    """
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        known = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if torch.backends.mps.is_available() else [])]
+        reason = str(error).splitlines()[0][:120]
+        advice = f"This machine has {', '.join(known)}."
+        raise LdmPipeError(f"device is {value!r}: {reason}", how_to_fix=advice) from None
+    return device

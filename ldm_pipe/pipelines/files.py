@@ -32,7 +32,7 @@ from ldm_pipe.interop.folder import (
 )
 from ldm_pipe.interop.pickles import without_pickles
 from ldm_pipe.outputs import Defaults, Thresholding
-from ldm_pipe.placement import read_dtype
+from ldm_pipe.placement import read_device, read_dtype
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
 from ldm_pipe.schedule import Law
 from ldm_pipe.unet import UNet
@@ -179,6 +179,7 @@ def opened(
     if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
         raise LdmPipeError(f"dtype {dtype} and torch_dtype {torch_dtype} differ", how_to_fix="Give one of them.")
     chosen, pickles = read_dtype(torch_dtype if dtype is None else dtype), use_safetensors is False
+    device = read_device(device)
     source: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision, "pickles": pickles}
     root = find_folder(name, variant=variant, **source)
     with without_pickles(root) if pickles else contextlib.nullcontext(root) as safe:

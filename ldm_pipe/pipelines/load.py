@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from ldm_pipe.interop.folder import find_folder
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pipelines import files, pixel, super_resolution, unclip, unconditional, upscale
+from ldm_pipe.pretrained import LdmPipeError
 
 AnyPipeline: TypeAlias = (
     LatentDiffusionPipeline
@@ -30,6 +31,7 @@ KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
     ((unclip.TEXT,), unclip.UnCLIPPipeline),
     ((unclip.IMAGE,), unclip.UnCLIPImageVariationPipeline),
 )
+OPTIONS = ("dtype", "torch_dtype", "variant", "use_safetensors", "local_files_only", "revision", "device")
 
 
 def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline:
@@ -39,8 +41,11 @@ def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline
         name: a folder, a training run, or a model of the hub; None is the shipped model.
         options: dtype or torch_dtype, variant, use_safetensors, local_files_only, revision, device: as of
             `LatentDiffusionPipeline.from_pretrained`.
-    Raises: LdmPipeError for a class that no pipeline here draws, and as `from_pretrained` of each does.
+    Raises: LdmPipeError for an unknown option or a class that no pipeline here draws, and as each `from_pretrained`.
     """
+    unknown = [key for key in options if key not in OPTIONS]
+    if unknown:
+        raise LdmPipeError(f"unknown {', '.join(unknown)}", "load_pipeline", f"Known are name, {', '.join(OPTIONS)}.")
     source = {key: options.pop(key) for key in ("local_files_only", "revision") if key in options}
     pickles = options.get("use_safetensors") is False
     root = find_folder(name, variant=options.get("variant"), pickles=pickles, **source)

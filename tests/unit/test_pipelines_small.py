@@ -124,6 +124,21 @@ WRONG: list[tuple[str, str, Callable[[Any], Any]]] = [
 ]
 
 
+def test_a_device_that_is_not_there_is_no_broken_file(saved: Path) -> None:
+    """It was told as "not a whole safetensors file. Fetch it anew", which would not have helped."""
+    for folder in (saved, TINY):
+        for device in ("cuda:99", "gpu0"):
+            with pytest.raises(LdmPipeError, match=r"device is .* This machine has cpu"):
+                ldm_pipe.load_pipeline(folder, device=device)
+
+
+@pytest.mark.parametrize("option", ["safety_checker", "low_cpu_mem_usage"])
+def test_an_option_that_only_diffusers_has_is_told_with_those_we_have(option: str, saved: Path) -> None:
+    for folder in (saved, TINY):
+        with pytest.raises(LdmPipeError, match=rf"{option}.*torch_dtype"):
+            ldm_pipe.load_pipeline(folder, **{option: None})
+
+
 @pytest.mark.parametrize(("file", "change"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
 def test_a_wrong_folder_is_refused(file: str, change: Callable[[Any], Any], saved: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(saved, tmp_path / "model"))
