@@ -367,7 +367,6 @@ def test_the_device_is_where_the_weights_are_read_to(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("ldm_pipe.files.load_tensors", listen)
     monkeypatch.setattr("ldm_pipe.pipeline.read_device", torch.device)  # this machine need not have it
-    monkeypatch.setattr("ldm_pipe.pipeline.read_device", torch.device)  # this machine need not have it
     LatentDiffusionPipeline.from_pretrained(TINY, device="cuda:1")
     assert seen == [torch.device("cuda:1")] * 3
 
