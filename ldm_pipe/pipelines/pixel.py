@@ -36,10 +36,8 @@ from ldm_pipe.unet import UNet
 
 CLASS = "IFPipeline"
 CLASSES = (CLASS, "IFImg2ImgPipeline", "IFInpaintingPipeline")  # three calls of the same parts
-_OF_PICTURES: dict[bool, tuple[int, float, float]] = {
-    False: (80, 10.0, 0.7),
-    True: (50, 7.0, 1.0),
-}  # with a mask or not
+# With a mask or not: steps, guidance scale and strength where none is asked for, as in diffusers.
+_OF_PICTURES: dict[bool, tuple[int, float, float]] = {False: (80, 10.0, 0.7), True: (50, 7.0, 1.0)}
 
 
 class PixelDiffusionPipeline(Placement, Adapters, Call):
