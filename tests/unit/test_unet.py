@@ -318,15 +318,23 @@ def test_pointwise_is_the_convolution_in_either_memory_order() -> None:
         assert torch.allclose(pointwise(conv, given), conv(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 4)])
-def test_large_convolutions_are_one_product(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+def test_large_convolutions_are_one_product(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], layout: torch.memory_format
+) -> None:
     monkeypatch.setattr(convolution, "LARGE", 1)
     monkeypatch.setattr(convolution, "MAX_POSITIONS", 20)  # three pictures in three parts, two, and one
-    layer, x = Conv3x3(6, 8).to(memory_format=torch.channels_last), _numbers(1, 3, 6, *size)
+    layer, x = Conv3x3(6, 8).to(memory_format=layout), _numbers(1, 3, 6, *size).requires_grad_()
     wanted = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    gradients = torch.autograd.grad(wanted.square().sum(), [x, *layer.parameters()])
     monkeypatch.setattr(nn.Conv2d, "forward", lambda *_: pytest.fail("not as a product"))
     with torch.no_grad():
         assert torch.allclose(layer(x), wanted, atol=1e-6)
+    found = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, gradients, strict=True))
+    layer.requires_grad_(False)
+    assert torch.allclose(torch.autograd.grad(layer(x).square().sum(), x)[0], gradients[0], atol=1e-5)
 
 
 def test_nothing_is_kept_under_autograd() -> None:
