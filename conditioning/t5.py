@@ -6,9 +6,10 @@ padding. transformers is imported when a network is built, not before; its decod
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,11 @@ class T5TextEncoder(nn.Module):
             dtype = None
         library: Any = transformers
         try:
-            model, info = getattr(library, CLASSES[kind]).from_pretrained(
-                str(root), dtype=dtype or torch.float32, variant=variant, use_safetensors=True, local_files_only=True,
-                output_loading_info=True,
-            )  # fmt: skip
+            with _no_bar():
+                model, info = getattr(library, CLASSES[kind]).from_pretrained(
+                    str(root), dtype=dtype or torch.float32, variant=variant, use_safetensors=True,
+                    local_files_only=True, output_loading_info=True,
+                )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             raise LdmPipeError(f"transformers cannot load it: {str(error).strip()[:300]}", str(root)) from None
         _check_loaded(model, info, str(root))
@@ -182,6 +184,20 @@ class T5TextEncoder(nn.Module):
         stack: Any = self.model.encoder
         tokens = choose_state(self.reading, hidden, last, stack.final_layer_norm, clip_skip, "T5TextEncoder")
         return Condition(tokens=tokens, token_mask=mask if self.reading.keep_mask else None)
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keep transformers' bar over the tensors of a file from the screen, and leave its setting as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_loaded(model: nn.Module, info: Mapping[str, Any], where: str) -> None:

@@ -203,6 +203,18 @@ def test_bfloat16_is_as_close_to_fp32_as_the_library_is(kind: str, tmp_path: Pat
     assert_as_close_as_the_reference(found, *last)
 
 
+def test_t5_is_loaded_without_the_librarys_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stood on the screen with --quiet too; the setting of the library is left as it was."""
+    from transformers.utils import logging
+
+    t5_folder(tmp_path)
+    logging.enable_progress_bar()
+    capsys.readouterr()
+    T5TextEncoder.from_pretrained(tmp_path / "text_encoder")
+    assert capsys.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+
+
 @torch.no_grad()
 def test_t5_is_saved_for_transformers_and_stays_sane_in_bfloat16(tmp_path: Path) -> None:
     model, _ = t5_folder(tmp_path)
