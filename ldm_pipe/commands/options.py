@@ -7,7 +7,7 @@ torch.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 EXAMPLES = """examples:
   ldm-pipe generate "red apple" --seed 7 -n 4 -o out.png --grid
@@ -30,9 +30,16 @@ SAMPLERS = (
 SPACINGS = ("leading", "trailing", "linspace", "lcm", "karras", "exponential", "polynomial", "log_snr", "beta")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells wrong options in three lines, as every other error is told."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nwhere: {self.prog}\ndo:    `{self.prog} --help` lists what there is.\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Describe all commands and options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ldm-pipe",
         description="Draw pictures from prompts with latent diffusion models, and look after the models.",
         epilog=EXAMPLES,

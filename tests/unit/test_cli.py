@@ -173,6 +173,16 @@ def test_errors_are_short(
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
+@pytest.mark.parametrize("wrong", [["--sede", "3"], ["--dtype", "float8"], ["--seed", "x"]])
+def test_wrong_options_are_told_in_three_lines_too(wrong: list[str], capsys: pytest.CaptureFixture) -> None:
+    """They came below forty lines of usage."""
+    with pytest.raises(SystemExit) as left:
+        main(["generate", "x", *wrong])
+    assert left.value.code == 2
+    labels = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert labels == ["error", "where", "do"]
+
+
 def test_unreadable_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "bad.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
