@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm_pipe.commands.paths import OutputError
 
+SHIPPED_NAME = "emoji"  # `generate` draws with it where no model is named
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -50,17 +51,22 @@ def picture_facts(path: str) -> dict[str, Any]:
 
 
 def redraw_command(prompt: str, negative: str, settings: dict[str, str]) -> str | None:
-    """Write the command that draws a picture again; None where the seed or a starting picture is unknown."""
+    """Write the command that draws a picture again; None where the seed or a starting picture is unknown.
+
+    The model is told by its name, which is a folder's where that lies in the current one.
+    """
     from ldm_pipe.png_info import sampler_from_label
 
     more = (
         "Denoising strength", "Map", "Handed over at", "Handed on at", "Negative sizes", "Refiner", "Enlarging steps",
+        "Pipeline",
     )  # fmt: skip
     if "Seed" not in settings or settings.get("Spacing") == "custom" or any(name in settings for name in more):
         return None
     width, _, height = settings.get("Size", "").partition("x")
     rule = (settings.get("Thresholding", "").split() + [None] * 5)[:5]
     options = {
+        "--model": None if settings.get("Model") in (None, SHIPPED_NAME) else settings["Model"],
         "--seed": settings["Seed"],
         "--negative-prompt": negative or None,
         "--num-inference-steps": settings.get("Steps"),
@@ -100,9 +106,14 @@ def model_facts(name: str | None) -> dict[str, Any]:
     """Describe a model from its configs and the headers of its weight files; no weights are read."""
     from ldm_pipe.interop.folder import check_index, find_folder, read_own
     from ldm_pipe.interop.index import encoder_folders, part_names
+    from ldm_pipe.pipelines.files import class_of
+    from ldm_pipe.pipelines.load import KINDS
     from ldm_pipe.pretrained import read_json
 
     root = find_folder(name, local_files_only=name is None)
+    for classes, pipeline in KINDS:
+        if class_of(root) in classes:
+            return _facts_of_another(root, class_of(root), pipeline.__name__)
     index, own = check_index(root), read_own(root)
     places = {part: part_names(index).get(part, part) for part in ("unet", "vae", *encoder_folders(index))}
     unet, vae = (read_json(root / places[part] / "config.json") for part in ("unet", "vae"))
@@ -123,6 +134,29 @@ def model_facts(name: str | None) -> dict[str, Any]:
         "defaults": own.get("defaults", {}),
         "golden sample": "yes" if "golden_sample" in own else "no",
         "model hash": own.get("model_hash", "unknown"),
+    }
+
+
+def _facts_of_another(root: Path, kind: str, pipeline: str) -> dict[str, Any]:
+    """Describe a model that another pipeline than LatentDiffusionPipeline draws with."""
+    from ldm_pipe.interop.folder import read_own
+    from ldm_pipe.pretrained import read_json
+
+    parts = sorted(path.parent.name for path in root.glob("*/config.json"))
+    laws = sorted(path.parent.name for path in root.glob("*/scheduler_config.json"))
+    configs = {part: read_json(root / part / "config.json") for part in parts}
+    schedulers = {law: read_json(root / law / "scheduler_config.json") for law in laws}
+    return {
+        "model": read_own(root).get("name", root.name),
+        "folder": str(root),
+        "kind": kind,
+        "draws with": f"ldm_pipe.pipelines.{pipeline}, `ldm-pipe draw`",
+        "parameters": {part: _count(root / part) for part in parts},
+        "size of a sample": {
+            part: config["sample_size"] for part, config in configs.items() if "sample_size" in config
+        },
+        "prediction": {law: config.get("prediction_type", "epsilon") for law, config in schedulers.items()},
+        "scheduler": {law: config.get("_class_name") for law, config in schedulers.items()},
     }
 
 

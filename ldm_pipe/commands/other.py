@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     given = {**arguments, **({"prompt": 0} if args.prompt else {}), **({"class_labels": 0} if labels else {})}
     unknown = [f"--{name.replace('_', '-')}" for name in given if name not in known]
     if unknown:
-        raise OutputError(f"{', '.join(unknown)} for a {type(pipe).__name__}", str(args.model), "Leave it out.")
+        taken = [f"--{name.replace('_', '-')}" for name in known if hasattr(args, name) and name != "prompt"]
+        advice = f"Leave it out; this model takes {', '.join(taken)}."
+        raise OutputError(f"{', '.join(unknown)} for a {type(pipe).__name__}", str(args.model), advice)
     seeds = seeds_of(args.seed, count)
     for start in range(0, count, args.batch_size):
         part = slice(start, min(start + args.batch_size, count))

@@ -81,7 +81,11 @@ def check_index(root: Path) -> Mapping[str, Any]:
     found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
     if not isinstance(index, dict) or found not in PIPELINES:
         other = OTHER_PIPELINES.get(found) if isinstance(found, str) else None
-        advice = f"{other}.from_pretrained draws with it." if other else f"Known are {', '.join(PIPELINES)}."
+        advice = (
+            f"{other}.from_pretrained and `ldm-pipe draw` draw with it."
+            if other
+            else f"Known are {', '.join(PIPELINES)}."
+        )
         raise LdmPipeError(f"the folder holds a {found!r:.80}", where, advice)
     ours = {name: part for part, name in part_names(index).items()}
     index = {ours.get(name, name): value for name, value in index.items()}

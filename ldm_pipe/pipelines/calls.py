@@ -69,11 +69,12 @@ def draw_pictures(
         what = f"out of memory for {request.num_pictures} pictures of {request.width}x{request.height}"
         advice = "Draw fewer at once, smaller, in bfloat16, or with enable_model_cpu_offload()."
         raise LdmPipeError(what, str(pipe.device), advice) from error
+    adapters = pipe.adapter_settings() if isinstance(pipe, Adapters) else {}
     return LatentDiffusionOutput(
         images,
         seeds=None if request.seeds is None else list(request.seeds),
         latents=z if request.return_latents else None,
-        infos=picture_infos(request, pipe.name, None, pipe.adapter_settings() if isinstance(pipe, Adapters) else None),
+        infos=picture_infos(request, pipe.name, None, {**adapters, "Pipeline": type(pipe).__name__}),
     )
 
 

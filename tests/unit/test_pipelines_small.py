@@ -341,6 +341,39 @@ def test_the_command_draws_with_any_of_them(saved: Path, tmp_path: Path, capsys:
     assert "d.png" in capsys.readouterr().out
 
 
+def test_info_tells_what_a_model_of_any_kind_is(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It refused all that `generate` does not draw with."""
+    assert main(["info", str(saved), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == json.loads((saved / "model_index.json").read_text())["_class_name"]
+    assert facts["parameters"]["unet"] > 1000
+    assert "ldm-pipe draw" in facts["draws with"]
+
+
+def test_info_names_no_command_that_would_draw_something_else(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said `ldm-pipe generate` without a model: another model, where this one needs `ldm-pipe draw`."""
+    few = ["--steps", "1", "--seed", "0", "--quiet"]
+    assert main(["draw", "--model", str(saved), *few, "-o", str(tmp_path / "a.png")]) == 0
+    assert main(["generate", "apple", "--model", str(TINY), *few, "-o", str(tmp_path / "b.png")]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "a.png"), "--json"]) == 0
+    assert "again" not in json.loads(capsys.readouterr().out)
+    assert main(["info", str(tmp_path / "b.png"), "--json"]) == 0
+    assert "--model tiny " in json.loads(capsys.readouterr().out)["again"]
+
+
+def test_an_option_of_another_kind_is_told_with_those_the_model_takes(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["draw", "--model", str(saved), "--quiet", "--decoder-num-inference-steps", "2"]
+    assert main([*words, "-o", str(tmp_path / "a.png")]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3
+    assert "--num-inference-steps" in told[2]
+
+
 @pytest.mark.parametrize("maker", [unconditional, latent])
 def test_offload_draws_the_same(maker: Callable[[], UnconditionalPipeline]) -> None:
     """There is no GPU here: `cpu:0` stands for it."""
