@@ -40,6 +40,7 @@ def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     """Run two DDIM steps without guidance on the smallest latents the U-Net takes, and decode them.
 
     Returns: prompt, seed, size, and 8 evenly spread values each of the latents, the pixels, and the pixels encoded.
+    Raises: LdmPipeError for weights that draw NaN or infinity.
     """
     side = max(8, 2 ** (len(pipe.unet.config.block_out_channels) - 1))
     channels = pipe.autoencoder.latent_channels
@@ -57,6 +58,9 @@ def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     )
     denoise = guidance.cfg(Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction), cond, None, 1.0)
     z = samplers.ddim(denoise, x * steps.init_scale, steps)
+    if not bool(torch.isfinite(z).all()):
+        advice = "If it was just trained: lower the learning rate, and go back to an earlier checkpoint."
+        raise LdmPipeError("the weights are numbers, what they draw is NaN or infinite", "the U-Net", advice)
     image = pipe.autoencoder.decode(z.to(pipe.autoencoder.dtype))
     return {
         "prompt": prompt,

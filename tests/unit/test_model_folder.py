@@ -218,6 +218,16 @@ def test_a_plain_diffusers_folder_needs_no_ldm_pipe_json(model: Path) -> None:
     assert pipe.default_size == (32, 32)
 
 
+def test_weights_that_draw_no_numbers_are_told_as_that_when_saved(tmp_path: Path) -> None:
+    """A LoRA at a learning rate of 1e9 ended with "NaN or infinity in the input" of the decoder."""
+    pipe = LatentDiffusionPipeline.from_pretrained(TINY)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.fill_(3e38)
+    with pytest.raises(LdmPipeError, match=r"what they draw is NaN.*learning rate"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_golden_sample_notices_the_prompt_path() -> None:
     pipe = LatentDiffusionPipeline.from_pretrained(TINY)
     stored = golden_sample(pipe)
