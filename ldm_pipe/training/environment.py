@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,7 @@ def hardware(device: torch.device) -> str:
 def describe_environment(device: torch.device, num_processes: int, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Describe a run as JSON values."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": git_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "accelerate", "safetensors", "numpy")},

@@ -37,7 +37,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> b
         axes.plot(steps, smoothed(values, max(1, len(values) // 20)), color="C0", linewidth=1.5)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step", fontsize=9)
-        if values and min(values) > 0:
+        if values and 0 < 10 * min(values) < max(values):
             axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
     return figure_png(figure, dpi=110)

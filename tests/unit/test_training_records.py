@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -160,6 +161,14 @@ def test_a_run_keeps_what_all_its_starts_were_made_with(tmp_path: Path) -> None:
     assert facts["seed"] == 5
     assert [start["first_step"] for start in (*facts["before"], facts)] == [0, 2, 2]
     assert all("commit" in start and "before" not in start for start in facts["before"])
+
+
+def test_the_command_of_a_run_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of three words stood there as three words."""
+    words = ["finetune.py", "--validation_prompts", "a red apple", "a blue sky"]
+    monkeypatch.setattr(sys, "argv", words)
+    run(tmp_path, max_train_steps=1)
+    assert shlex.split(json.loads((tmp_path / "run.json").read_text())["command"]) == words
 
 
 # -- precision ---------------------------------------------------------------------------------------------------
