@@ -358,6 +358,8 @@ def _find(
     path = Path(name).expanduser()
     if path.is_file():
         return path
+    if path.suffix in (".safetensors", ".bin", ".pt"):
+        raise LdmPipeError("no such file", str(path), "Give the path of an existing one, a folder, or a hub id.")
     folder = resolve_folder(name, local_files_only=local_files_only, revision=revision)
     folder = safe_child(folder, subfolder, "subfolder") if subfolder else folder
     if weight_name is not None:

@@ -69,7 +69,7 @@ def read_json(path: str | Path) -> Any:
             raise LdmPipeError(f"the file is larger than {MAX_JSON_BYTES} bytes", str(path), "This is not a config.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LdmPipeError("the file does not exist", str(path)) from None
+        raise LdmPipeError("the file does not exist", str(path), "Check the path, or fetch the folder anew.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise LdmPipeError(f"cannot be read as JSON ({error})", str(path), "Fetch or export the folder anew.") from None
     if _json_depth(value) > MAX_JSON_DEPTH:
@@ -212,7 +212,7 @@ def load_tensors(
     """
     path, device = Path(path), torch.device(device)
     if not path.is_file():
-        raise LdmPipeError("the file does not exist", str(path))
+        raise LdmPipeError("the file does not exist", str(path), "Check the path, or fetch the folder anew.")
     found, bad = {}, []
     try:
         with safe_open(str(path), framework="pt"), path.open("rb") as stream:  # the former checks the header

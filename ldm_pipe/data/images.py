@@ -100,7 +100,7 @@ def open_image_with_notes(
     # KeyError, ...).
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise LdmPipeError(f"cannot read the picture: {reason}", where=where) from error
+        raise LdmPipeError(f"cannot read the picture: {reason}", where, "Save or fetch it anew.") from error
 
 
 def _open_header(source: str | Path | bytes, where: str) -> Image.Image:
@@ -110,12 +110,14 @@ def _open_header(source: str | Path | bytes, where: str) -> Image.Image:
     else:
         path = Path(source)
         if not path.is_file():
-            raise LdmPipeError("is a folder, not a picture" if path.is_dir() else "file not found", where=where)
+            raise LdmPipeError(
+                "is a folder, not a picture" if path.is_dir() else "file not found", where, "Check the path."
+            )
         # Read at once: an open file handle per picture would run out of handles in large folders.
         data = path.read_bytes()
         stream, head, size = io.BytesIO(data), data[:64], len(data)
     if size == 0:
-        raise LdmPipeError("empty picture file (0 bytes)", where=where)
+        raise LdmPipeError("empty picture file (0 bytes)", where, "Save or fetch it anew.")
     try:
         return Image.open(stream, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
@@ -133,7 +135,7 @@ def _decode(image: Image.Image, background: tuple[int, int, int], where: str) ->
         image.seek(0)
     image.load()
     if image.width == 0 or image.height == 0:
-        raise LdmPipeError("picture without pixels", where=where)
+        raise LdmPipeError("picture without pixels", where, "Give another picture.")
     orientation = 1
     try:
         orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))

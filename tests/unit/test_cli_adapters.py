@@ -65,6 +65,16 @@ def test_generate_takes_loras_and_words_and_the_picture_tells_them(
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("option", ["--lora", "--textual-inversion"])
+def test_a_file_that_is_not_there_is_called_a_file(
+    option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was looked for as a folder and a hub id."""
+    words = ["generate", "apple", "--model", str(folder), option, str(tmp_path / "style.safetensors"), "--quiet"]
+    assert main([*words, "-o", str(tmp_path / "a.png")]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "error: no such file"
+
+
 def test_export_writes_a_lora_for_a1111_and_reads_it_again(
     folder: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,15 @@ DROPPED = {
 }
 
 
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"])
+def test_a_file_that_lacks_is_named_with_what_to_do(file: str, model: Path) -> None:
+    (model / file).unlink()
+    with pytest.raises(LdmPipeError) as caught:
+        LatentDiffusionPipeline.from_pretrained(model)
+    assert Path(file).parent.name in caught.value.where
+    assert caught.value.how_to_fix
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", DROPPED)
 def test_fault_18_a_config_key_is_missing(part: str, model: Path) -> None:

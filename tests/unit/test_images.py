@@ -219,6 +219,7 @@ def test_unreadable_files_name_file_and_reason(tmp_path: Path) -> None:
             open_image(path)
         assert str(path) in str(caught.value)
         assert reason in str(caught.value)
+        assert caught.value.how_to_fix, "a user is told what to do"
     with pytest.raises(LdmPipeError, match="not found"):
         open_image(tmp_path / "absent.png")
     with pytest.raises(LdmPipeError, match="folder"):
