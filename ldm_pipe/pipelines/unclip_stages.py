@@ -143,7 +143,7 @@ def paint(
     with pipe.on_device(parts.super_res_last):
         output = stage.walk(_with_last(pipe, second, beside), shape, draw, beside, None)
     steps = {"Steps": first.sampling.steps.num_steps, "Enlarging steps": second.sampling.steps.num_steps}
-    told = {**steps, "CFG scale": f"{first.guidance_scale:g}", **settings}
+    told = {**steps, "CFG scale": f"{first.guidance_scale:g}", "Pipeline": type(pipe).__name__, **settings}
     words = {name: str(value) for name, value in told.items()}
     return replace(output, infos=[replace(info, settings={**info.settings, **words}) for info in output.infos])
 

@@ -390,6 +390,7 @@ def test_the_command_draws(tmp_path: Path) -> None:
     info = read_png_info(tmp_path / "a-3.png")
     assert info is not None
     wanted = {"Seed": "6", "Steps": "2", "Prior steps": "2", "Prior CFG scale": "2", "Enlarging steps": "2"}
+    wanted |= {"Pipeline": "UnCLIPPipeline"}
     assert {key: info.settings[key] for key in wanted} == wanted
     words = ["draw", "--model", str(tmp_path / "picture"), "--image", str(tmp_path / "a-1.png"), *steps]
     assert main([*words, "--decoder-guidance-scale", "1", "-n", "2", "-o", str(tmp_path / "b.png")]) == 0
