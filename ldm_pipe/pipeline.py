@@ -156,6 +156,21 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         )
 
     @property
+    def vae(self) -> Autoencoder:
+        """Return the autoencoder, by diffusers' name."""
+        return self.autoencoder
+
+    @property
+    def text_encoder(self) -> AnyTextEncoder | None:
+        """Return the first text encoder, by diffusers' name."""
+        return self.text_encoders[0] if self.text_encoders else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the first text encoder's tokenizer, by diffusers' name."""
+        return None if self.text_encoder is None else self.text_encoder.tokenizer
+
+    @property
     def paints(self) -> bool:
         """Return whether the U-Net reads the known part of a picture, as inpainting models do."""
         return self.spatial is None and self.unet.config.in_channels == 2 * self.autoencoder.latent_channels + 1

@@ -71,12 +71,15 @@ def plain_errors(run_folder: str) -> Iterator[None]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the present folder, or None without git or outside a repository."""
+    """Return the commit of this code, or None where it does not lie in a repository of its own, or without git."""
+    here = Path(__file__).resolve()
+    ask: dict[str, Any] = {"cwd": here.parent, "capture_output": True, "text": True, "check": False}
     try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if subprocess.run(["git", "ls-files", "--error-unmatch", here.name], **ask).returncode:
+            return None  # installed, perhaps in a folder of somebody's project
+        return subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip() or None
     except OSError:
         return None
-    return asked.stdout.strip() or None
 
 
 def process_device() -> torch.device:
@@ -101,7 +104,7 @@ def describe_environment(device: torch.device, num_processes: int, networks: Map
         "command": shlex.join(sys.argv),
         "commit": git_commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "accelerate", "safetensors", "numpy")},
+        "versions": {name: version(name) for name in ("ldm-pipe", "torch", "accelerate", "safetensors", "numpy")},
         "machine": platform.machine(),
         "hardware": hardware(device),
         "device": str(device),

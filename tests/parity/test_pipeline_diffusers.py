@@ -47,6 +47,13 @@ def reference(
     return theirs
 
 
+def test_the_networks_have_diffusers_names(tiny: LatentDiffusionPipeline, parts: dict[str, Any]) -> None:
+    for name in ("unet", "vae"):
+        assert getattr(tiny, name).state_dict().keys() == parts[name].state_dict().keys()
+    assert tiny.text_encoder.config.hidden_size == parts["text_encoder"].config.hidden_size
+    assert len(tiny.tokenizer) == len(parts["tokenizer"])
+
+
 def with_schedule(pipe: LatentDiffusionPipeline, sampler: str = "ddim", **fields: Any) -> LatentDiffusionPipeline:
     """Return a pipeline of the same networks with another noise law."""
     defaults = type(pipe.defaults)(sampler=sampler)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate")
 
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.training import environment
 from ldm_pipe.training.checkpoint import optimizer_tensors, restore_optimizer
 from ldm_pipe.training.config import OptimConfig
 from ldm_pipe.training.environment import start_processes
@@ -334,3 +335,11 @@ def test_eight_bit_adam_resumes_to_the_bit(tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoint-6").rename(tmp_path / "put-away")
     resumed = run(tmp_path / "a", optim=optim, resume_from_checkpoint="latest")
     assert_same_bits(whole_state(resumed), whole_state(unbroken))
+
+
+def test_the_commit_is_that_of_this_code_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = environment.git_commit()
+    monkeypatch.chdir(tmp_path)
+    assert environment.git_commit() == here
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))  # a copy that git does not know
+    assert environment.git_commit() is None
