@@ -319,6 +319,8 @@ class Trainer:
     def _run(self, stop: StopSignal) -> None:
         config, first = self.config, self.step
         saved_at = self.step if config.resume_from_checkpoint else -1
+        if first >= config.max_train_steps and self.is_main:
+            tqdm.write(f"nothing left to train: step {first} of {config.max_train_steps} is reached", file=sys.stderr)
         while self.step < config.max_train_steps:
             began = time.perf_counter()
             logs = self._step_or_save()

@@ -343,3 +343,10 @@ def test_the_commit_is_that_of_this_code_wherever_it_runs(tmp_path: Path, monkey
     assert environment.git_commit() == here
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))  # a copy that git does not know
     assert environment.git_commit() is None
+
+
+def test_a_finished_run_that_is_resumed_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, max_train_steps=2)
+    assert "nothing left to train" not in capsys.readouterr().err
+    run(tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
+    assert "nothing left to train: step 2 of 2 is reached" in capsys.readouterr().err
