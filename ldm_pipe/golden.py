@@ -60,7 +60,7 @@ def golden_sample(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     z = samplers.ddim(denoise, x * steps.init_scale, steps)
     if not bool(torch.isfinite(z).all()):
         advice = "If it was just trained: lower the learning rate, and go back to an earlier checkpoint."
-        raise LdmPipeError("the weights are numbers, what they draw is NaN or infinite", "the U-Net", advice)
+        raise LdmPipeError("the weights are numbers, but what they draw is NaN or infinity", "the U-Net", advice)
     image = pipe.autoencoder.decode(z.to(pipe.autoencoder.dtype))
     return {
         "prompt": prompt,
