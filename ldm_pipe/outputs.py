@@ -6,9 +6,12 @@ This file knows the names and limits of settings, not how a picture is drawn.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -86,7 +89,23 @@ def one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
 
 def warn_ignored(name: str, why: str) -> None:
     """Warn of a setting without effect, at the line of the call."""
-    warnings.warn(f"{name} has no effect: {why}", stacklevel=6)
+    warnings.warn(f"{name} has no effect: {why}", stacklevel=callers_level())
+
+
+_ROOT = Path(__file__).parents[1]
+# Where a frame is not the user's: our packages, and torch, whose no_grad stands around every call.
+_INNER = (*(f"{_ROOT / name}{os.sep}" for name in ("ldm_pipe", "autoencoder", "conditioning")), torch.__path__[0])
+
+
+def callers_level() -> int:
+    """Return the `stacklevel` that makes a warning of the calling function name the line outside of our packages.
+
+    However deep the check stands: what a user can change is the line of the call.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @dataclass(frozen=True)

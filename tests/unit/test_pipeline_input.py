@@ -197,3 +197,25 @@ def test_no_other_exception_comes_out(pipe: LatentDiffusionPipeline, bad: dict[s
 def test_a_setting_without_effect_warns(pipe: LatentDiffusionPipeline, setting: dict[str, Any], word: str) -> None:
     with pytest.warns(UserWarning, match=word):
         pipe(**{"prompt": "x", "num_inference_steps": 1, **setting})
+
+
+IGNORED: dict[str, dict[str, Any]] = {
+    "guidance_scale": {"guidance_scale": 0.5},
+    "guidance_rescale": {"guidance_scale": 1.0, "guidance_rescale": 0.7},
+    "negative_prompt": {"guidance_scale": 1.0, "negative_prompt": "eyes"},
+    "negative_prompt_embeds": {"guidance_scale": 1.0, "negative_prompt_embeds": torch.zeros(1, 16, 32)},
+    "strength": {"strength": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_warning_names_the_line_of_the_call(pipe: LatentDiffusionPipeline, name: str) -> None:
+    """However deep the check stands, and through every verb: it pointed at our own files."""
+    call = {"prompt": "red apple", "num_inference_steps": 1, "output_type": "latent", "seed": 0, **IGNORED[name]}
+    ways: list[Any] = [lambda: pipe(**call)]
+    if name in ("guidance_rescale", "negative_prompt"):
+        ways.append(lambda: pipe.interpolate(**{**call, "prompt": ["red apple", "cat"]}, num_frames=2))
+    for draw in ways:
+        with pytest.warns(UserWarning, match=f"^{name}.* has no effect") as caught:
+            draw()
+        assert {warning.filename for warning in caught if name in str(warning.message)} == {__file__}
