@@ -26,13 +26,13 @@ from torch import Tensor
 
 from autoencoder import AutoencoderKL
 from ldm_pipe import NoiseSchedule, UNet, samplers
-from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow
-from ldm_pipe.outputs import Defaults
+from ldm_pipe.drawing.output import Defaults
 from ldm_pipe.pipelines import PixelDiffusionPipeline, SuperResolutionPipeline, UnconditionalPipeline, UpscalePipeline
-from ldm_pipe.training.loop import Trainer
+from ldm_pipe.schedule.laws import EDM, VE, ContinuousVP, Flow
+from ldm_pipe.training.run.loop import Trainer
 from tests import autoencoders, finetuning, training
 from tests.pipelines import AUTOENCODER, OF_IF, UNET_2D, fill, quiet, tiny
-from tests.unit import test_unclip as unclip
+from tests.unit.pipelines import test_unclip as unclip
 
 LAW = NoiseSchedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
 FEW: dict[str, Any] = {"seed": 3, "num_inference_steps": 4, "output_type": "pt"}
