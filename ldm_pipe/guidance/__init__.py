@@ -3,8 +3,9 @@
 It may import `schedule` and `denoiser`. It does not know samplers, which never hear of guidance, or pipelines.
 """
 
+from ldm_pipe.guidance.choice import Guidance, guide
 from ldm_pipe.guidance.classifier import classifier_mean, classifier_score
 from ldm_pipe.guidance.classifier_free import cfg
 from ldm_pipe.guidance.composed import composed
 
-__all__ = ["cfg", "classifier_mean", "classifier_score", "composed"]
+__all__ = ["Guidance", "cfg", "classifier_mean", "classifier_score", "composed", "guide"]

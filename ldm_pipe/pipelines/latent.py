@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from ldm_pipe.drawing.placement import Placement, read_device, read_dtype
 from ldm_pipe.drawing.prompting import plan_prompts
 from ldm_pipe.drawing.request.request import Request, check_request
 from ldm_pipe.drawing.request.texts import check_second, check_text
+from ldm_pipe.guidance.choice import Guidance
 from ldm_pipe.interop.folders.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.interop.pickles.convert import without_pickles
 from ldm_pipe.networks import UNet
@@ -104,6 +105,10 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         local_files_only: bool = False,
         revision: str | None = None,
         device: str | torch.device = "cpu",
+        unet: UNet | None = None,
+        vae: Autoencoder | None = None,
+        text_encoder: AnyTextEncoder | None = None,
+        scheduler: Any = None,
     ) -> LatentDiffusionPipeline:
         """Load the shipped model (None), a folder, a training run, or a model of the hub.
 
@@ -115,6 +120,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             use_safetensors: False takes `.bin` parts too: a process of its own, without network, turns them into
                 safetensors in a temporary folder (tensors only; code in them never runs). Else they are refused.
             device: that the weights are read to, without a copy on the CPU.
+            unet, vae, text_encoder, scheduler: in place of the folder's (text_encoder: of its first); checked for fit.
         Raises: LdmPipeError naming file and cause.
         """
         if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
@@ -130,11 +136,18 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         )
         with without_pickles(root) if use_safetensors is False else contextlib.nullcontext(root) as safe:
             parts = load_parts(safe, dtype=chosen, variant=variant, device=device)
+        own = {"unet": unet, "autoencoder": vae}
+        if text_encoder is not None:
+            own["text_encoders"] = (text_encoder, *parts.text_encoders[1:])
+        own = {name: part for name, part in own.items() if part is not None}
+        parts = replace(parts, **own, **({"golden": None, "model_hash": None} if own else {}))
         pipe = cls.from_parts(parts)
         if parts.golden is not None and chosen == torch.float32 and pipe.device.type == "cpu":
             from ldm_pipe.drawing.golden import check_golden
 
             check_golden(pipe, parts.golden, str(root))
+        if scheduler is not None:
+            pipe.scheduler = scheduler
         return pipe
 
     def save_pretrained(
@@ -167,10 +180,35 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         """Return the autoencoder, by diffusers' name."""
         return self.autoencoder
 
+    @vae.setter
+    def vae(self, autoencoder: Autoencoder) -> None:
+        self.put(autoencoder=autoencoder)
+
+    def put(self, **parts: Any) -> None:
+        """Replace parts of the pipeline by others, all at once: `pipe.put(unet=..., autoencoder=...)`.
+
+        Raises: LdmPipeError if they do not belong together, or while LoRAs are merged into those that go; then nothing
+            has changed.
+        """
+        known = ("unet", "autoencoder", "text_encoders")
+        unknown = [name for name in parts if name not in known]
+        if unknown:
+            raise LdmPipeError(f"there is no part {unknown[0]!r:.80}", "put", f"Give some of {', '.join(known)}.")
+        if self._loras is not None and self._loras.adapters:
+            raise LdmPipeError("LoRAs are merged into the parts", "put", "Call unload_lora_weights() first.")
+        check_fit(replace(self.parts(), **parts))
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self._loras = self.model_hash = None
+
     @property
     def text_encoder(self) -> AnyTextEncoder | None:
         """Return the first text encoder, by diffusers' name."""
         return self.text_encoders[0] if self.text_encoders else None
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: AnyTextEncoder) -> None:
+        self.put(text_encoders=(encoder, *self.text_encoders[1:]))
 
     @property
     def tokenizer(self) -> Any:
@@ -236,6 +274,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         prompt_syntax: str | Mapping[str, Any] = "plain",
         deterministic_batch: bool = False,
         return_latents: bool = False,
+        guidance: Guidance | None = None,
     ) -> LatentDiffusionOutput | tuple[Any, Any]:
         """Draw pictures.
 
@@ -250,7 +289,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             latents: unit Gaussian noise to start from, (B, C, h, w).
             output_type: "pil", "np", "pt" or "latent".
             timesteps, sigmas: the times shown to the network, or the noise levels, one by one instead of spacing.
-            sampler: one of `samplers.NAMES`, or a scheduler object of diffusers; None is `pipe.scheduler`'s.
+            sampler: one of `samplers.NAMES`, a function of their form, or a scheduler object of diffusers; None is
+                `pipe.scheduler`'s.
             spacing: "leading", "trailing", "karras", "ddim25", ...; see `Law.steps`.
             sampler_options: the sampler's own keywords, such as {"order": 3}.
             thresholding: "none", "static", "dynamic", or a mapping of kind, percentile, max_value, space and cap;
@@ -270,6 +310,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             prompt_syntax: "weighted" reads `(red:1.3)`, `AND`, `[from:to:when]`, `BREAK` (docs/conditioning.md).
             deterministic_batch: draw one by one, so that a picture has the same bits in any batch.
             return_latents: also return what the pictures were decoded from.
+            guidance: (denoiser, conds, weights, uncond) -> denoise, in place of classifier-free guidance; conds are one
+                Condition, or one per branch; weights are guidance_scale times theirs, (K, B); uncond is None up to 1.
         Returns: LatentDiffusionOutput, or (images, None) for return_dict=False.
         Raises: LdmPipeError naming argument, value and range, before any work.
         """

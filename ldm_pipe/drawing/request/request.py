@@ -29,6 +29,7 @@ from ldm_pipe.drawing.request.shared import (
     spread,
 )
 from ldm_pipe.drawing.request.texts import check_embeds, check_negatives, check_pooled, check_prompts, check_second
+from ldm_pipe.guidance.choice import Guidance
 from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler
@@ -76,6 +77,7 @@ class Request:
     z0: Tensor | None = None  # latents in place of `image`
     begin: float | None = None  # time at which `latents` were handed over
     end: float | None = None  # time at which they are handed on
+    guidance: Guidance | None = None  # None: classifier-free guidance
 
     @property
     def guided(self) -> bool:
@@ -151,6 +153,7 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
         image=image,
         mask=mask,
         strength=strength,
+        guidance=_check_own_guidance(given["guidance"], rescale),
     )
 
 
@@ -199,6 +202,18 @@ def _check_guidance(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> 
     if rescale > 0 and scale <= 1 and not isinstance(given["guidance_rescale"], FloatDefault):
         warn_ignored("guidance_rescale", "it needs a guidance_scale above 1")
     return scale, rescale
+
+
+def _check_own_guidance(chosen: Any, rescale: float) -> Guidance | None:
+    """Check that a guidance can be called."""
+    if chosen is None:
+        return None
+    if not callable(chosen):
+        advice = "give a function (denoiser, conds, weights, uncond) -> denoise, or leave it out"
+        raise LdmPipeError(f"guidance is {chosen!r:.80}", how_to_fix=advice)
+    if rescale > 0:
+        warn_ignored("guidance_rescale", "the guidance of the call is its own")
+    return chosen
 
 
 def _check_size(
