@@ -3,5 +3,27 @@
 from ldm_pipe.guidance.classifier import classifier_mean, classifier_score
 from ldm_pipe.guidance.classifier_free import cfg
 from ldm_pipe.guidance.composed import composed
+from ldm_pipe.guidance.pair import Guidance, pair
+from ldm_pipe.guidance.scale import NoiseLevel, Scale, cfgpp, cosine, interval, linear
+from ldm_pipe.guidance.variants import apg, autoguidance, cfg_zero, classifier_free, magnitude_aware, tangential
 
-__all__ = ["cfg", "classifier_mean", "classifier_score", "composed"]
+__all__ = [
+    "Guidance",
+    "NoiseLevel",
+    "Scale",
+    "apg",
+    "autoguidance",
+    "cfg",
+    "cfg_zero",
+    "cfgpp",
+    "classifier_free",
+    "classifier_mean",
+    "classifier_score",
+    "composed",
+    "cosine",
+    "interval",
+    "linear",
+    "magnitude_aware",
+    "pair",
+    "tangential",
+]
