@@ -6,7 +6,7 @@ know samplers or how conditions are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 from ldm_pipe.denoiser import Denoise, Denoiser
 from ldm_pipe.guidance.classifier_free import cfg
 from ldm_pipe.guidance.composed import composed
-
-Guidance = Callable[[Denoiser, Sequence[Any], Tensor, Any], Denoise]
+from ldm_pipe.guidance.pair import Guidance
 
 
 def guide(
@@ -38,14 +37,14 @@ def guide(
         uncond: empty or negative condition, B rows; None where nothing is guided and nothing branches.
         scale: w; up to 1 there is no guidance, as in diffusers.
         rescale: see `cfg`.
-        guidance: called as (denoiser, conds, w times the weights, uncond) -> Denoise; None: `cfg`, or `composed` where
-            the prompt has branches.
+        guidance: called as (denoiser, conds, weights, uncond) -> Denoise, with a scale of its own; None:
+            `cfg`, or `composed` where the prompt has branches.
 
     Returns: (x_t, t) -> Denoised.
     """
     if guidance is not None:
         ones = torch.ones(len(conds), conds[0].batch_size) if weights is None else weights
-        return guidance(denoiser, conds, scale * ones, uncond)
+        return guidance(denoiser, conds, ones, uncond)
     if weights is not None:
         return composed(denoiser, conds, weights, uncond, max(scale, 1.0), rescale=rescale if scale > 1 else 0.0)
     if uncond is None or scale <= 1:

@@ -36,7 +36,7 @@ from ldm_pipe.drawing.placement import Placement, read_device, read_dtype
 from ldm_pipe.drawing.prompting import plan_prompts
 from ldm_pipe.drawing.request.request import Request, check_request
 from ldm_pipe.drawing.request.texts import check_second, check_text
-from ldm_pipe.guidance.choice import Guidance
+from ldm_pipe.guidance.pair import Guidance
 from ldm_pipe.interop.folders.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.interop.pickles.convert import without_pickles
 from ldm_pipe.networks import UNet
@@ -311,7 +311,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             deterministic_batch: draw one by one, so that a picture has the same bits in any batch.
             return_latents: also return what the pictures were decoded from.
             guidance: (denoiser, conds, weights, uncond) -> denoise, in place of classifier-free guidance; conds are one
-                Condition, or one per branch; weights are guidance_scale times theirs, (K, B); uncond is None up to 1.
+                Condition, or one per branch; weights are theirs, (K, B). The scale is its own.
         Returns: LatentDiffusionOutput, or (images, None) for return_dict=False.
         Raises: LdmPipeError naming argument, value and range, before any work.
         """

@@ -29,7 +29,7 @@ from ldm_pipe.drawing.request.shared import (
     spread,
 )
 from ldm_pipe.drawing.request.texts import check_embeds, check_negatives, check_pooled, check_prompts, check_second
-from ldm_pipe.guidance.choice import Guidance
+from ldm_pipe.guidance.pair import Guidance
 from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler
@@ -82,7 +82,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """Return whether the unconditional network runs at all; as in diffusers it does above a scale of 1."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 or self.guidance is not None
 
     def rows(self) -> list[Request]:
         """Split into requests of one picture each."""
@@ -132,7 +132,9 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     count = num_prompts * per_prompt
     whole_number("the number of pictures", count, 1, MAX_PICTURES)
     scale, rescale = _check_guidance(pipe, given)
-    texts = _check_texts(pipe, given, prompts, num_prompts, per_prompt, guided=scale > 1)
+    texts = _check_texts(
+        pipe, given, prompts, num_prompts, per_prompt, guided=scale > 1 or given["guidance"] is not None
+    )
     begin, end = check_hand_over(pipe.schedule, given)
     given, z0 = check_latent_image(pipe, given, count, num_prompts, handed_over=begin is not None)
     image, mask, strength = check_pictures(pipe, given, count, num_prompts, z0)
