@@ -16,7 +16,8 @@ LEAF = "ldm_pipe.pretrained"
 CORE: dict[str, set[str]] = {
     "files": set(),
     "pretrained": {"files"},
-    "png_info": set(),
+    "sampler_table": set(),
+    "png_info": {"sampler_table"},
     "figures": set(),
     "unet": set(),
     "betas": set(),
@@ -27,8 +28,8 @@ CORE: dict[str, set[str]] = {
     "laws": {"continuous", "schedule", "spacing"},
     "schedule_keys": set(),
     "law_file": {"laws", "schedule"},
-    "schedule_config": {"betas", "law_file", "laws", "schedule", "schedule_keys", "spacing"},
-    "schedule_export": {"betas", "laws", "schedule", "schedule_config", "schedule_keys", "spacing"},
+    "schedule_config": {"betas", "law_file", "laws", "sampler_table", "schedule", "schedule_keys", "spacing"},
+    "schedule_export": {"betas", "laws", "sampler_table", "schedule", "schedule_config", "schedule_keys", "spacing"},
     "noise": set(),
     "process": {"schedule"},
     "objectives": {"process", "schedule", "denoiser", "variational"},
@@ -38,7 +39,13 @@ CORE: dict[str, set[str]] = {
     "mixture": {"denoiser", "process"},
     "guidance": {"denoiser", "process", "schedule"},
     "thresholding": {"denoiser"},
-    "samplers": {"schedule", "denoiser", "noise", "process"},  # Steps, Denoise, Noise and the algebra between them
+    "samplers": {
+        "sampler_table",
+        "schedule",
+        "denoiser",
+        "noise",
+        "process",
+    },  # Steps, Denoise, Noise and the algebra between them
     "data": {"captions"},
 }
 # Where the three packages meet: the pipeline and what it is made of, the formats, training, the command line.
