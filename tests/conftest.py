@@ -1,4 +1,7 @@
-"""What every test lives under: no network, no GPU unless asked for, one thread, an empty home for the hub."""
+"""What every test lives under: no network, no GPU unless asked for, one thread, an empty home for the hub.
+
+Of `pytest -n 2` each process reads this file by itself, and so has its own home and its own thread.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 for _secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(_secret, None)
 
