@@ -1,0 +1,1 @@
+"""What a batch is made of, by kind of training, and how a run of it is put together."""
