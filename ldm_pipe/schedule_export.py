@@ -47,7 +47,7 @@ def write(
     """Write the diffusers scheduler config with which diffusers does what this law and sampler do here.
 
     DDIM agrees for step numbers that divide num_train_timesteps, or leading spacing: elsewhere diffusers'
-    DDIMScheduler steps to other times than it evaluates next (`NoiseSchedule.steps(arrival="stride")`). Of dpmpp_2s,
+    DDIMScheduler steps to other times than it evaluates next. Of dpmpp_2s,
     dpmpp_3m and dpmpp_3m_sde law, times and kind of solver agree, but not the formula of the step; why is in
     tests/parity/test_samplers_dpmpp_diffusers.py.
 
