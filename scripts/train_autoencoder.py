@@ -9,8 +9,8 @@ measures the result.
 
 from __future__ import annotations
 
-from ldm_pipe.training.autoencoder import AutoencoderConfig
-from ldm_pipe.training.config import parse_config, run_script
+from ldm_pipe.training.run.config import parse_config, run_script
+from ldm_pipe.training.tasks.autoencoder import AutoencoderConfig
 from ldm_pipe.training.tasks.autoencoder_run import make_trainer, write_preview
 
 

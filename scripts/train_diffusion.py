@@ -8,8 +8,8 @@ EMA weights that `LatentDiffusionPipeline.from_pretrained` reads, beside checkpo
 
 from __future__ import annotations
 
-from ldm_pipe.training.config import parse_config, run_script
-from ldm_pipe.training.diffusion import DiffusionConfig
+from ldm_pipe.training.run.config import parse_config, run_script
+from ldm_pipe.training.tasks.diffusion import DiffusionConfig
 from ldm_pipe.training.tasks.diffusion_run import make_trainer
 
 

@@ -16,11 +16,12 @@ from autoencoder import Autoencoder, AutoencoderKL, PatchDiscriminator, VQModel,
 from autoencoder.losses import Features
 from ldm_pipe.data.rows import DataReport
 from ldm_pipe.data.stream import StreamOrder
-from ldm_pipe.training.autoencoder import AutoencoderConfig, Crops, Framed, Pictures
-from ldm_pipe.training.crops import CropSource
-from ldm_pipe.training.loop import Micro
-from ldm_pipe.training.parts import Order
-from ldm_pipe.training.pictures import (
+from ldm_pipe.training.run.loop import Micro
+from ldm_pipe.training.run.parts import Order
+from ldm_pipe.training.run.rng import generator
+from ldm_pipe.training.tasks.autoencoder import AutoencoderConfig, Crops, Framed, Pictures
+from ldm_pipe.training.tasks.crops import CropSource
+from ldm_pipe.training.tasks.pictures import (
     ImageBatches,
     PictureSource,
     StreamBatches,
@@ -28,7 +29,6 @@ from ldm_pipe.training.pictures import (
     open_records,
     plan_shapes,
 )
-from ldm_pipe.training.rng import generator
 
 NUM_FIRST = 256  # pictures of a stream that stand for all of them
 
@@ -101,7 +101,7 @@ class Data:
     """What a run knows of its pictures.
 
     Args:
-        source: gives those of a step, see `ldm_pipe.training.autoencoder.take_pictures`.
+        source: gives those of a step, see `ldm_pipe.training.tasks.autoencoder.take_pictures`.
         pictures: all of them, or a stream's first.
         num: of `pictures`.
         order: makes the order of the run.

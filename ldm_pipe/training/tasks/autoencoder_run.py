@@ -12,7 +12,9 @@ from torch import Tensor
 
 from autoencoder import Autoencoder, AutoencoderKL, LogitAverages, Quantised, load_autoencoder
 from ldm_pipe.data.images import make_grid, to_pil
-from ldm_pipe.training.autoencoder import (
+from ldm_pipe.training.run.environment import process_device
+from ldm_pipe.training.run.loop import Trainer
+from ldm_pipe.training.tasks.autoencoder import (
     AutoencoderConfig,
     Lecam,
     StepLog,
@@ -21,10 +23,6 @@ from ldm_pipe.training.autoencoder import (
     follow_logits,
     latent_statistics,
 )
-from ldm_pipe.training.environment import process_device
-from ldm_pipe.training.loop import Trainer
-from ldm_pipe.training.pictures import tell_left_out
-from ldm_pipe.training.preview import PictureBatches, make_preview
 from ldm_pipe.training.tasks.autoencoder_inputs import (
     Data,
     build_autoencoder,
@@ -33,6 +31,8 @@ from ldm_pipe.training.tasks.autoencoder_inputs import (
     open_data,
     wrap_codebook,
 )
+from ldm_pipe.training.tasks.pictures import tell_left_out
+from ldm_pipe.training.tasks.preview import PictureBatches, make_preview
 
 
 def finish(autoencoder: Autoencoder, pictures: PictureBatches, folder: Path) -> None:

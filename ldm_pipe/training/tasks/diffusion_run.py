@@ -15,18 +15,18 @@ from autoencoder import Autoencoder, load_autoencoder
 from conditioning.load import AnyTextEncoder, load_text_encoder
 from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import make_grid
-from ldm_pipe.outputs import Defaults
-from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.drawing.output import Defaults
+from ldm_pipe.networks import UNet
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import Law
-from ldm_pipe.training.beside import Beside
-from ldm_pipe.training.diffusion import DiffusionConfig, build_importance, build_objective, diffusion_loss
-from ldm_pipe.training.environment import process_device
-from ldm_pipe.training.joint import JointNet
-from ldm_pipe.training.loop import Part, Trainer
-from ldm_pipe.training.pictures import drawing_weights, open_records, plan_shapes
+from ldm_pipe.training.run.environment import process_device
+from ldm_pipe.training.run.loop import Part, Trainer
+from ldm_pipe.training.tasks.beside import Beside
+from ldm_pipe.training.tasks.diffusion import DiffusionConfig, build_importance, build_objective, diffusion_loss
 from ldm_pipe.training.tasks.inputs import build_unet, cache_inputs, shown_beside
-from ldm_pipe.unet import UNet
+from ldm_pipe.training.tasks.joint import JointNet
+from ldm_pipe.training.tasks.pictures import drawing_weights, open_records, plan_shapes
 
 
 def load_stages(config: DiffusionConfig, device: torch.device) -> tuple[Autoencoder, list[AnyTextEncoder]]:

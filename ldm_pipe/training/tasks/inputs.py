@@ -19,14 +19,14 @@ from conditioning.text import ids_digest
 from ldm_pipe.data.cache import TextCache, caption_variants, module_hash
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.data.dataset import Records
+from ldm_pipe.networks import UNet
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.training.beside import Beside
-from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, Texts
-from ldm_pipe.training.joint import token_ids
-from ldm_pipe.training.loop import Micro
-from ldm_pipe.training.pictures import LatentBatches, ShapePlan
-from ldm_pipe.training.rng import generator
-from ldm_pipe.unet import UNet
+from ldm_pipe.training.run.loop import Micro
+from ldm_pipe.training.run.rng import generator
+from ldm_pipe.training.tasks.beside import Beside
+from ldm_pipe.training.tasks.diffusion import DiffusionConfig, DiffusionData, Texts
+from ldm_pipe.training.tasks.joint import token_ids
+from ldm_pipe.training.tasks.pictures import LatentBatches, ShapePlan
 
 
 def build_unet(config: DiffusionConfig, autoencoder: Autoencoder, token_width: int, beside: Beside) -> UNet:
