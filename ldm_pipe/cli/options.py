@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from ldm_pipe.sampler_table import SAMPLERS
+
 EXAMPLES = """examples:
   ldm-pipe generate "red apple" --seed 7 -n 4 -o out.png --grid
   ldm-pipe generate --prompts prompts.txt --out pictures/
@@ -21,12 +23,7 @@ EXAMPLES = """examples:
   ldm-pipe convert v1-5-pruned.safetensors sd15/
 """
 
-# Known here too, so that help costs no import of torch; a test keeps them equal to `samplers.NAMES` and `Spacing`.
-SAMPLERS = (
-    "ddpm", "ddim", "euler", "dpmpp_2m", "euler_ancestral", "heun", "edm", "lms", "dpm2", "dpm2_ancestral", "dpmpp_2s",
-    "dpmpp_2s_ancestral", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "plms", "unipc", "deis", "restart",
-    "lcm", "annealed_langevin", "predictor_corrector",
-)  # fmt: skip
+# Known here too, so that help costs no import of torch; a test keeps them equal to `Spacing`.
 SPACINGS = ("leading", "trailing", "linspace", "lcm", "karras", "exponential", "polynomial", "log_snr", "beta")
 
 

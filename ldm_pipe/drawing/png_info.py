@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_pipe.sampler_table import SAMPLERS
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -25,12 +27,6 @@ CHUNK = "parameters"
 MAX_TEXT = 20_000  # characters of one prompt kept in a picture; also far above any encoder's context
 NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_SAMPLER_NAMES = {
-    "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "lms": "LMS",
-    "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "dpmpp_2s": "DPM++ 2S", "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_2m": "DPM++ 2M", "dpmpp_3m": "DPM++ 3M", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE", "plms": "PLMS", "unipc": "UniPC", "restart": "Restart", "lcm": "LCM",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,12 +40,13 @@ class PngInfo:
 
 def sampler_label(sampler: str) -> str:
     """Return the name web interfaces show for one of our samplers."""
-    return _SAMPLER_NAMES.get(sampler, sampler)
+    row = SAMPLERS.get(sampler)
+    return (row and row.label) or sampler
 
 
 def sampler_from_label(label: str) -> str:
     """Return our name of a sampler from the name shown in a picture."""
-    return next((name for name, shown in _SAMPLER_NAMES.items() if shown == label), label)
+    return next((name for name, row in SAMPLERS.items() if row.label == label), label)
 
 
 def _clean(text: str) -> str:

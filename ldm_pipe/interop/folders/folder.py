@@ -191,7 +191,7 @@ def load_parts(
 
 
 def _check_deciding(root: Path) -> None:
-    """Refuse configs without the one key that no tensor's shape tells (FAULTS 18).
+    """Refuse configs without the one key that no tensor's shape tells.
 
     Raises: LdmPipeError naming file and key.
     """
