@@ -28,7 +28,7 @@ from autoencoder import (
     load_autoencoder,
 )
 from autoencoder.losses import Features
-from ldm_pipe.data.images import make_grid, to_pil
+from ldm_pipe.data.images import make_grid, save_picture, to_pil
 from ldm_pipe.data.rows import DataReport
 from ldm_pipe.data.stream import StreamOrder
 from ldm_pipe.training.autoencoder import (
@@ -123,8 +123,7 @@ def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, trainer: Tr
     rebuilt, _ = autoencoder(images.to(autoencoder.device))
     both = [*images, *rebuilt.clamp(-1, 1).cpu()]
     sheet = make_grid([to_pil(image) for image in both], columns=len(images))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
     trainer.show("reconstructions", path)
     error = (rebuilt.cpu().clamp(-1, 1) - images).div(2).square().mean((1, 2, 3))
     trainer.note({"validation/psnr": float((-10 * error.log10()).mean())})

@@ -23,7 +23,7 @@ from conditioning.text import ids_digest
 from ldm_pipe.data.cache import TextCache, caption_variants, module_hash
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.data.dataset import Records
-from ldm_pipe.data.images import make_grid
+from ldm_pipe.data.images import make_grid, save_picture
 from ldm_pipe.outputs import Defaults
 from ldm_pipe.pipeline import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
@@ -182,8 +182,7 @@ def main(argv: list[str]) -> None:
             num_inference_steps=config.validation_num_inference_steps, **shown_beside(beside, records, prompts),
         ).images  # fmt: skip
         path = folder / "grids" / f"step-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make_grid(images, columns=8, labels=prompts).save(path)
+        save_picture(make_grid(images, columns=8, labels=prompts), path)
         trainer.show("samples", path)
 
     importance = build_importance(config)

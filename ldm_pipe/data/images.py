@@ -27,7 +27,7 @@ from PIL import (  # noqa: F401
 )
 from torch import Tensor
 
-from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.pretrained import LdmPipeError, atomic_write
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 
@@ -302,6 +302,16 @@ def to_pil(image: Tensor) -> Image.Image:
         raise LdmPipeError("the picture holds NaN or infinity", how_to_fix="decode in float32 or bfloat16")
     pixels = ((pixels.clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all.
+
+    Raises: LdmPipeError naming the path if it cannot be written.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    atomic_write(path, buffer.getvalue())
 
 
 def make_grid(

@@ -7,10 +7,8 @@ dtype. No network is run, and none is asked: the configs are those of the family
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from autoencoder import AutoencoderKL
 from conditioning import CLIPTextEncoder
+from ldm_pipe.files import new_folder
 from ldm_pipe.interop.checkpoint import emas, load_checkpoint
 from ldm_pipe.interop.clip_names import from_open_clip, to_open_clip
 from ldm_pipe.interop.clip_vocabulary import clip_tokenizer, tokenizer_folder
@@ -206,7 +205,7 @@ def _write(
 ) -> None:
     """Write all parts into a staging folder, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    staging = new_folder(target)
     try:
         for part, config, known in (
             ("unet", family.unet, "UNet2DConditionModel"),
@@ -222,9 +221,6 @@ def _write(
             save_tensors(staging / REST, beyond)
         _json(staging / "scheduler" / "scheduler_config.json", family.scheduler)
         _json(staging / "model_index.json", _index(family))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(staging, 0o777 & ~mask)
         staging.rename(target)
         sync_folder(target.parent)
     finally:
