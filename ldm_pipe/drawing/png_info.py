@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHUNK = "parameters"
+MAX_PIXELS = 50_000_000  # a picture is decoded only if its settings may stand behind the pixels
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_TEXT = 20_000  # characters of one prompt kept in a picture; also far above any encoder's context
 NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -142,9 +144,12 @@ def read_png_info(path: str | Path) -> PngInfo | None:
     """
     from PIL import Image
 
-    with Image.open(path) as image:
-        if image.format == "PNG":
-            image.load()  # text chunks may follow the pixels
+    with Image.open(path, formats=FORMATS) as image:
+        if image.format == "PNG" and CHUNK not in image.info:  # text chunks may follow the pixels
+            if image.width * image.height > MAX_PIXELS:
+                what = f"no settings before the pixels, and {image.width}x{image.height} are more than {MAX_PIXELS}"
+                raise ValueError(what)
+            image.load()
         text = getattr(image, "text", {}).get(CHUNK) or image.info.get(CHUNK)
         comment = image.info.get("comment")
         if image.format == "GIF" and isinstance(comment, bytes):

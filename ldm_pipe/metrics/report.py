@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ldm_pipe.masking import masked
 from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.run.environment import git_commit, hardware
 from ldm_pipe.training.run.figures import figure_png, subplots
@@ -31,7 +32,7 @@ def write_results(folder: Path, device: torch.device, facts: dict[str, Any], beg
         began: reading of `time.perf_counter()` at the start.
     """
     report = {
-        "command": "python " + shlex.join(sys.argv),
+        "command": "python " + shlex.join(masked(sys.argv)),
         "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": hardware(device),

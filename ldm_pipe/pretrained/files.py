@@ -10,7 +10,8 @@ import json
 import mmap
 import os
 import re
-import tempfile
+import stat
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -70,36 +71,52 @@ def read_json(path: str | Path) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LdmPipeError("the file does not exist", str(path), "Check the path, or fetch the folder anew.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also whole numbers of more than 4300 digits
+        if isinstance(error, LdmPipeError):
+            raise
         raise LdmPipeError(f"cannot be read as JSON ({error})", str(path), "Fetch or export the folder anew.") from None
     if _json_depth(value) > MAX_JSON_DEPTH:
         raise LdmPipeError(f"nested deeper than {MAX_JSON_DEPTH} levels", str(path), "This is not a config.")
     return value
 
 
-def _umask_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+def new_file(beside: Path) -> tuple[Path, int]:
+    """Make an empty file of a name of its own in the folder of another; the kernel gives it the mode of the umask.
+
+    Asking for the umask means setting it, for all threads: files made meanwhile would be open to everybody.
+    Returns: its path, and its mode.
+    """
+    path = beside.with_name(f".{beside.name[:40]}.{uuid.uuid4().hex[:12]}.tmp")
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return path, stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+def new_folder(beside: Path) -> Path:
+    """Make an empty folder of a name of its own beside another path, with the mode that the umask asks for."""
+    path = beside.with_name(f".{beside.name[:40]}.{uuid.uuid4().hex[:12]}.tmp")
+    path.mkdir(mode=0o777)
+    return path
 
 
 @contextlib.contextmanager
 def _atomically(path: Path, num_bytes: int) -> Iterator[Path]:
     """Give a temporary name to write to; then flush it to disk and rename it. It is there whole or not at all.
 
-    The file gets the mode the umask asks for (safetensors' own writer leaves 0600).
+    The file gets the mode the umask asks for.
     Raises: LdmPipeError naming the path if it cannot be written.
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary, mode = new_file(path)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, _umask_mode())
+        if stat.S_IMODE(os.stat(temporary).st_mode) != mode:  # safetensors' own writer leaves 0600
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
         temporary = None
         sync_folder(path.parent)

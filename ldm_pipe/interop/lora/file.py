@@ -163,7 +163,7 @@ def _configs(file: Path) -> dict[str, _Config]:
     try:
         value = json.loads(text)
         rows = [(*key.partition("."), field) for key, field in value.items()]
-    except (json.JSONDecodeError, RecursionError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         raise LdmPipeError(f"{METADATA} in its header is no JSON object", str(file), "Fetch the file anew.") from None
     parts = {part for part, dot, *_ in rows if dot}
     return {part: _Config({key: field for p, dot, key, field in rows if dot and p == part}) for part in parts}

@@ -7,10 +7,8 @@ dtype. No network is run, and none is asked: the configs are those of the family
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +46,7 @@ from ldm_pipe.pretrained import (
     save_tensors,
     sync_folder,
 )
+from ldm_pipe.pretrained.files import new_folder
 
 REST = "single_file.safetensors"  # what the file has beyond the folder's parts: OpenCLIP's last layer, for the way back
 # What follows from the config, or is of no use for drawing.
@@ -206,7 +205,7 @@ def _write(
 ) -> None:
     """Write all parts into a staging folder, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    staging = new_folder(target)
     try:
         for part, config, known in (
             ("unet", family.unet, "UNet2DConditionModel"),
@@ -222,9 +221,6 @@ def _write(
             save_tensors(staging / REST, beyond)
         _json(staging / "scheduler" / "scheduler_config.json", family.scheduler)
         _json(staging / "model_index.json", _index(family))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(staging, 0o777 & ~mask)
         staging.rename(target)
         sync_folder(target.parent)
     finally:

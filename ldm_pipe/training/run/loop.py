@@ -330,7 +330,7 @@ class Trainer:
             if self._anyone_wants_to_stop(stop):
                 break
             if self.validate and self.step % config.validation_steps == 0:
-                self.with_ema(partial(self.validate, self.step, self))
+                self._validate_or_go_on()
             if self.step % config.checkpointing_steps == 0:
                 self.save()
                 saved_at = self.step
@@ -338,6 +338,17 @@ class Trainer:
             self.save()
         elif self.step == first and self.save_result:  # the run before may have ended before its result was there
             self.with_ema(self.save_result)
+
+    def _validate_or_go_on(self) -> None:
+        """Validate; where the sheet cannot be written, go on if the config says so: weights are not lost by it."""
+        assert self.validate is not None
+        try:
+            self.with_ema(partial(self.validate, self.step, self))
+        except (OSError, LdmPipeError) as error:
+            full = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(full, OSError) or self.config.on_save_error == "stop":
+                raise
+            tqdm.write(f"warning: the run goes on without the sheet of step {self.step}: {error}", file=sys.stderr)
 
     def _step_or_save(self) -> Logs:
         try:

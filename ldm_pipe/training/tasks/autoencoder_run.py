@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import Autoencoder, AutoencoderKL, LogitAverages, Quantised, load_autoencoder
-from ldm_pipe.data.images import make_grid, to_pil
+from ldm_pipe.data.images import make_grid, save_picture, to_pil
 from ldm_pipe.training.run.environment import process_device
 from ldm_pipe.training.run.loop import Trainer
 from ldm_pipe.training.tasks.autoencoder import (
@@ -52,8 +52,7 @@ def write_grid(autoencoder: Autoencoder, images: Tensor, path: Path, trainer: Tr
     rebuilt, _ = autoencoder(images.to(autoencoder.device))
     both = [*images, *rebuilt.clamp(-1, 1).cpu()]
     sheet = make_grid([to_pil(image) for image in both], columns=len(images))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
     trainer.show("reconstructions", path)
     error = (rebuilt.cpu().clamp(-1, 1) - images).div(2).square().mean((1, 2, 3))
     trainer.note({"validation/psnr": float((-10 * error.log10()).mean())})

@@ -14,7 +14,7 @@ import torch
 from autoencoder import Autoencoder, load_autoencoder
 from conditioning.load import AnyTextEncoder, load_text_encoder
 from ldm_pipe.data.dataset import Records
-from ldm_pipe.data.images import make_grid
+from ldm_pipe.data.images import make_grid, save_picture
 from ldm_pipe.drawing.output import Defaults
 from ldm_pipe.networks import UNet
 from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
@@ -65,8 +65,7 @@ def draw_sheet(
         prompts, seed=[0] * len(prompts), guidance_scale=config.validation_guidance_scale,
         num_inference_steps=config.validation_num_inference_steps, **shown_beside(beside, records, prompts),
     ).images  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(images, columns=8, labels=prompts).save(path)
+    save_picture(make_grid(images, columns=8, labels=prompts), path)
 
 
 def make_trainer(config: DiffusionConfig) -> Trainer:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_pipe.data.images import make_grid
+from ldm_pipe.data.images import make_grid, save_picture
 from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.run.environment import git_commit, process_device
@@ -63,8 +63,7 @@ def draw_sheet(pipe: LatentDiffusionPipeline, config: FinetuneConfig, path: Path
     finally:
         for module, home in homes:
             module.to(home)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(images, columns=num if num > 1 else 8, labels=prompts).save(path)
+    save_picture(make_grid(images, columns=num if num > 1 else 8, labels=prompts), path)
 
 
 def make_trainer(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> tuple[Trainer, Trained]:
