@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
 from conditioning.contrastive import ImageTower
-from ldm_pipe.commands.paths import OutputError, check_folder
+from ldm_pipe.cli.paths import OutputError, check_folder
 from ldm_pipe.data.cache import module_hash
 from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
@@ -40,11 +40,11 @@ from ldm_pipe.metrics.reconstruction import report_reconstruction
 from ldm_pipe.metrics.report import plot_rates, save_picture, write_results
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
 from ldm_pipe.metrics.style import StyleClassifier, load_or_fit
-from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import Variance
-from ldm_pipe.training.beside import read_masks
-from ldm_pipe.training.config import DataConfig, run_script
+from ldm_pipe.schedule.process import Variance
+from ldm_pipe.training.run.config import DataConfig, run_script
+from ldm_pipe.training.tasks.beside import read_masks
 
 NOTO, FLAT = "data/emoji/data/noto", "data/emoji/data/twemoji"
 PLAIN = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": False}

@@ -31,9 +31,9 @@ from conditioning.contrastive import ImageTower, contrastive_loss
 from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import DataConfig, StrictModel, dump_config, parse_config, run_script
-from ldm_pipe.training.pictures import open_records
-from ldm_pipe.training.rng import key_seed
+from ldm_pipe.training.run.config import DataConfig, StrictModel, dump_config, parse_config, run_script
+from ldm_pipe.training.run.rng import key_seed
+from ldm_pipe.training.tasks.pictures import open_records
 
 VARIANTS = ("is_skin_tone_variant", "is_gender_variant", "is_flag")
 

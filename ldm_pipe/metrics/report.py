@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import atomic_write
-from ldm_pipe.training.environment import git_commit, hardware
+from ldm_pipe.training.run.environment import git_commit, hardware
+from ldm_pipe.training.run.figures import figure_png, subplots
 
 
 def write_results(folder: Path, device: torch.device, facts: dict[str, Any], began: float) -> None:
