@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.metrics.features import load_features
 from ldm_pipe.metrics.frechet import frechet_distance
 from ldm_pipe.metrics.kernels import cmmd, kid, median_distance
@@ -24,7 +23,8 @@ from ldm_pipe.metrics.pictures import open_pictures
 from ldm_pipe.metrics.scores import vendi_score
 from ldm_pipe.metrics.sliced import mind
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import run_script
+from ldm_pipe.training.run.config import run_script
+from ldm_pipe.training.run.figures import figure_png, subplots
 
 FOLDER = "data/emoji/data"
 PLAIN = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": False}

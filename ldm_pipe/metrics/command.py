@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ldm_pipe.data.dataset import load_records
 from ldm_pipe.data.images import make_grid, to_pil
-from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.metrics.described import Described, Processes, describe, in_shards, open_reference, save_statistics
 from ldm_pipe.metrics.features import KINDS, FeatureNet, load_features
 from ldm_pipe.metrics.measure import HEADER, Number, measure
@@ -28,8 +27,9 @@ from ldm_pipe.metrics.neighbours import Arithmetic
 from ldm_pipe.metrics.pictures import Pictures, open_pictures, save_npz
 from ldm_pipe.metrics.report import save_picture, write_results
 from ldm_pipe.metrics.retrieval import chosen_by_hash
-from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
+from ldm_pipe.training.run.figures import figure_png, subplots
 
 NOTO = "data/emoji/data/noto/train.parquet"
 PLAIN = {"is_skin_tone_variant": False, "is_gender_variant": False, "is_flag": False}
@@ -202,7 +202,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def captions(source: str | None, column: str) -> list[str]:
-    """Return the captions of a reference, in the order of the sha256 of their rows' ids, as in the other evaluations."""
+    """Return the captions of a reference in the order of the sha256 of their ids, as in the other evaluations."""
     if source is not None and Path(source).suffix in (".npz", ".safetensors"):
         return []
     records = load_records(source or NOTO, caption_column=column, filters=None if source else PLAIN)

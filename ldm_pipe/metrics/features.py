@@ -130,7 +130,7 @@ def _pixels(place: str) -> FeatureNet:
 
 
 def _classifier(place: str, device: str | torch.device) -> FeatureNet:
-    from ldm_pipe.unet.classifier import ADMClassifier
+    from ldm_pipe.networks.classifier import ADMClassifier
 
     net = ADMClassifier.from_pretrained(place).to(device)
     side = int(net.config["sample_size"])

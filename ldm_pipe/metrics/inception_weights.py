@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_pipe.interop.checkpoint import load_checkpoint
+from ldm_pipe.interop.pickles.checkpoint import load_checkpoint
 from ldm_pipe.metrics.inception import STEM, InceptionV3, Link, blocks
 from ldm_pipe.pretrained import LdmPipeError, check_tensors
 
