@@ -317,12 +317,12 @@ class Adapters:
             self._words = {**(self._words or {}), word: str(path)}
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
-        """Forget words that were loaded; None: all. The tables are what they were, to the bit."""
-        names = [tokens] if isinstance(tokens, str) else None if tokens is None else list(tokens)
+        """Forget words that were loaded; None: all of those, not the model's own. The tables get back their bits."""
+        names = [tokens] if isinstance(tokens, str) else list(self._words or {} if tokens is None else tokens)
         for encoder in self._word_encoders():
             forget_words(encoder, names)
         kept = (self._words or {}).items()
-        self._words = {} if names is None else {word: path for word, path in kept if word not in names}
+        self._words = {word: path for word, path in kept if word not in names}
 
     def _word_encoders(self) -> list[CLIPTextEncoder]:
         encoders = [encoder for encoder in self.text_encoders if isinstance(encoder, CLIPTextEncoder)]

@@ -94,22 +94,22 @@ def forget_words(encoder: CLIPTextEncoder, names: Sequence[str] | None = None) -
     unknown = sorted(set(names or ()) - set(words))
     if unknown:
         raise LdmPipeError(f"{unknown} were not added", "textual inversion", f"Added were {sorted(words)}.")
+    forgotten = [row for name, rows in words.items() if names is None or name in names for row in rows]
     table = encoder.text_model.embeddings.token_embedding.weight.detach()
-    kept = {name: table[rows] for name, rows in words.items() if names is not None and name not in names}
-    size = min((row for rows in words.values() for row in rows), default=len(table))
-    fresh = ClipTokenizer(
-        {word: i for word, i in tokenizer.vocab.items() if word not in tokenizer.added},
-        tokenizer.merges,
-        max_length=tokenizer.max_length,
-        pad_token=tokenizer.pad_token,
-    )
+    size = min(forgotten, default=len(table))  # rows before it stay, whether a word names them or not
+    kept = {name: rows for name, rows in words.items() if not set(rows) & set(forgotten)}
+    fresh = tokenizer.without_words()
+    for name, rows in kept.items():
+        if max(rows) < size:
+            fresh.add_token(name, rows, **tokenizer.flags.get(name, {}))
     encoder.tokenizer = fresh
     encoder.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(
         table[:size].clone(), freeze=not encoder.text_model.embeddings.token_embedding.weight.requires_grad
     )
     encoder.config = FrozenConfig({**encoder.config, "vocab_size": size})
-    for name, vectors in kept.items():
-        encoder.add_token(name, vectors)
+    for name, rows in kept.items():
+        if max(rows) >= size:
+            encoder.add_token(name, table[rows])
 
 
 def _words(tokenizer: ClipTokenizer) -> dict[str, list[int]]:
