@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ldm_pipe.cli.options import build_parser
+from ldm_pipe.cli.options import build_parser, dashed
 from ldm_pipe.masking import masked_text
 from ldm_pipe.printable import printable
 
@@ -49,7 +49,7 @@ def _leave(code: int) -> NoReturn:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     if not hasattr(args, "run"):
         parser.print_help()
         return 2

@@ -106,6 +106,20 @@ def open_image_with_notes(
         raise LdmPipeError(f"cannot read the picture: {reason}", where, "Save or fetch it anew.") from error
 
 
+def open_lazily(source: str | Path) -> Image.Image:
+    """Open a picture file without decoding it, for those who need its mode.
+
+    Raises: LdmPipeError naming the picture and the reason.
+    """
+    try:
+        return _open_header(source, str(source))
+    except LdmPipeError:
+        raise
+    except Exception as error:  # as in open_image_with_notes
+        reason = str(error) or type(error).__name__
+        raise LdmPipeError(f"cannot read the picture: {reason}", str(source), "Save or fetch it anew.") from error
+
+
 def _open_header(source: str | Path | bytes, where: str) -> Image.Image:
     """Parse the header only; pixels are decoded later."""
     if isinstance(source, bytes):
@@ -204,15 +218,15 @@ def _deep_grey_to_rgb(
     image: Image.Image, background: tuple[int, int, int], notes: list[str], where: str
 ) -> Image.Image:
     """Scale 16-bit grey by 1 / 257 (Pillow's own conversion clips at 255: almost all white)."""
-    values = np.asarray(image)
+    values, advice = np.asarray(image), "Save it with 8 bits, or with 16."
     if image.mode == "F":
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise LdmPipeError("floating point picture with values outside [0, 1]: its white is unknown", where=where)
+            raise LdmPipeError("floating point picture with values outside [0, 1]: its white is unknown", where, advice)
         grey = np.rint(values * 255.0).astype(np.uint8)
     else:
         wide = values.astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:
-            raise LdmPipeError("32-bit picture with values outside 0..65535: its white is unknown", where=where)
+            raise LdmPipeError("32-bit picture with values outside 0..65535: its white is unknown", where, advice)
         grey = ((wide + 128) // 257).astype(np.uint8)
     rgb = np.repeat(grey[:, :, None], 3, axis=2)
     transparent = image.info.get("transparency")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from conditioning import CLIPTextEncoder
 from ldm_pipe.interop.lora.file import WEIGHT_NAME, Layers, networks_of, read_lora, save_lora
 from ldm_pipe.interop.lora.forms import changed
-from ldm_pipe.interop.lora.words import forget_words, load_word
+from ldm_pipe.interop.lora.words import bundled_words, forget_words, load_word, teach_word
+from ldm_pipe.interop.pickles.checkpoint import PICKLES
 from ldm_pipe.pretrained import LdmPipeError, resolve_folder, safe_child
 
 Weight = float | Mapping[str, float]  # for all networks, or {"unet": 0.5, "text_encoder": 1.0}
@@ -171,6 +172,7 @@ class Adapters:
     text_encoders: tuple[Any, ...]
     _loras: Loras | None = None
     _words: dict[str, str] | None = None  # loaded, and their files
+    _bundled: dict[str, list[str]] | None = None  # words that lay in the file of a LoRA
 
     @property
     def loras(self) -> Loras:
@@ -191,8 +193,9 @@ class Adapters:
     ) -> None:
         """Load a LoRA, DoRA, LoHa or LoKr file of diffusers, PEFT, kohya or LyCORIS; it acts at once, with weight 1.
 
-        Unlike in diffusers, it is merged into the weights (those without it are kept), so that drawing costs nothing
-        more; and a file with anything that would be left unread is refused.
+        Words that lie in the file (`bundle_emb`) are taught along, and forgotten with it. Unlike in diffusers, it is
+        merged into the weights (those without it are kept), so that drawing costs nothing more; and a file with
+        anything that would be left unread is refused.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder or hub id with one, or its tensors.
@@ -204,7 +207,18 @@ class Adapters:
         if not isinstance(source, Mapping):
             options = {"subfolder": subfolder, "local_files_only": local_files_only, "revision": revision}
             source = _find(source, weight_name, WEIGHT_NAME, **options)
-        self.loras.add(source, adapter_name or f"default_{len(self.loras.adapters)}")
+        name = adapter_name or f"default_{len(self.loras.adapters)}"
+        words = bundled_words(source)
+        encoders = self._word_encoders() if words else []
+        taught: list[str] = []
+        try:
+            for word, vectors in words.items():
+                taught.append(teach_word(encoders, word, vectors, f"{source!s:.200}"))
+            self.loras.add(source, name)
+        except LdmPipeError:
+            self._forget(taught)
+            raise
+        self._bundled = {**(self._bundled or {}), name: taught}
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] | None = None
@@ -232,7 +246,9 @@ class Adapters:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take LoRAs out and forget them."""
-        self.loras.delete([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.loras.delete(names)
+        self._forget_bundled(names)
 
     def disable_lora(self) -> None:
         """Give the networks back their own weights, to the bit; the LoRAs stay loaded."""
@@ -256,6 +272,17 @@ class Adapters:
     def unload_lora_weights(self) -> None:
         """Forget all LoRAs: the networks have their own weights again, to the bit, and those of fused LoRAs."""
         self.loras.unload()
+        self._forget_bundled(list(self._bundled or {}))
+
+    def _forget_bundled(self, names: Sequence[str]) -> None:
+        """Forget the words that lay in the files of LoRAs."""
+        bundled = self._bundled or {}
+        self._forget([word for name in names for word in bundled.get(name, ())])
+        self._bundled = {name: words for name, words in bundled.items() if name not in names}
+
+    def _forget(self, words: Sequence[str]) -> None:
+        for encoder in self._word_encoders() if words else ():
+            forget_words(encoder, words)
 
     def save_lora_weights(
         self, save_directory: str | Path, adapter_name: str | None = None, *, weight_name: str = WEIGHT_NAME
@@ -317,12 +344,12 @@ class Adapters:
             self._words = {**(self._words or {}), word: str(path)}
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
-        """Forget words that were loaded; None: all. The tables are what they were, to the bit."""
-        names = [tokens] if isinstance(tokens, str) else None if tokens is None else list(tokens)
+        """Forget words that were loaded; None: all of those, not the model's own. The tables get back their bits."""
+        names = [tokens] if isinstance(tokens, str) else list(self._words or {} if tokens is None else tokens)
         for encoder in self._word_encoders():
             forget_words(encoder, names)
         kept = (self._words or {}).items()
-        self._words = {} if names is None else {word: path for word, path in kept if word not in names}
+        self._words = {word: path for word, path in kept if word not in names}
 
     def _word_encoders(self) -> list[CLIPTextEncoder]:
         encoders = [encoder for encoder in self.text_encoders if isinstance(encoder, CLIPTextEncoder)]
@@ -358,7 +385,7 @@ def _find(
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if path.suffix in (".safetensors", ".bin", ".pt"):
+    if path.suffix in (".safetensors", *PICKLES):
         raise LdmPipeError("no such file", str(path), "Give the path of an existing one, a folder, or a hub id.")
     folder = resolve_folder(name, local_files_only=local_files_only, revision=revision)
     folder = safe_child(folder, subfolder, "subfolder") if subfolder else folder
@@ -366,9 +393,10 @@ def _find(
         return safe_child(folder, weight_name, str(folder))
     if (folder / "adapter_config.json").is_file():  # PEFT's own
         return folder
-    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    chosen = [path for path in found if path.name == usual] or found
+    there = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    found = [path for path in there if path.suffix == ".safetensors"] or [p for p in there if p.suffix in PICKLES]
+    chosen = [path for path in found if path.stem == Path(usual).stem] or found
     if len(chosen) != 1:
-        there = [path.name for path in found][:10]
+        there = [path.name for path in found or there][:10]
         raise LdmPipeError(f"the file is not named and there are {there}", str(folder), "Name one as weight_name.")
     return chosen[0]

@@ -150,6 +150,33 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             pipe.scheduler = scheduler
         return pipe
 
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        ema: bool = False,
+        prediction: str | None = None,
+        like: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> LatentDiffusionPipeline:
+        """Load an original single file (Stable Diffusion 1, 2, XL), turned into a temporary folder each time.
+
+        Args:
+            ema: take the U-Net's moving averages, where the file has them.
+            prediction: "eps" or "v", where the file does not say, as those of Stable Diffusion 2.
+            like: a diffusers folder of the same architecture, for files of no known family.
+            tokenizer: a folder with CLIP's `vocab.json` and `merges.txt`; None takes `like`'s, or open_clip's.
+        Raises: LdmPipeError naming file, tensor and cause.
+        """
+        from ldm_pipe.interop.from_file import as_folder
+
+        with as_folder(path, ema=ema, prediction=prediction, like=like, tokenizer=tokenizer) as folder:
+            return cls.from_pretrained(folder, torch_dtype=torch_dtype, dtype=dtype, device=device)
+
     def save_pretrained(
         self,
         save_directory: str | Path,

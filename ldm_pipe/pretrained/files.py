@@ -31,6 +31,11 @@ SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# Eight bits: read as float16, which holds each of their values. They are made to be stored, not to be reckoned with.
+FLOAT8 = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
 
 
 class LdmPipeError(ValueError):
@@ -167,13 +172,15 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 def _view(file: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
     """Show one tensor of a mapped file."""
-    dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+    stored = FLOAT8.get(entry["dtype"])
+    dtype, shape = stored or SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
     first, last = entry["data_offsets"]
     if first == last:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=torch.float16 if stored else dtype)
     data = torch.frombuffer(file, dtype=torch.uint8, count=last - first, offset=start + first)
     aligned = (start + first) % dtype.itemsize == 0
-    return (data if aligned else data.clone()).view(dtype).view(shape)
+    values = (data if aligned else data.clone()).view(dtype).view(shape)
+    return values.half() if stored else values
 
 
 def _place(source: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -208,6 +215,19 @@ def first_ten(lines: Iterable[str]) -> str:
     return "; ".join(lines[:10]) + more
 
 
+def refuse_dtypes(found: Iterable[str], where: str) -> None:
+    """Refuse number types that are not read, and tell of those that are read as others.
+
+    Raises: LdmPipeError naming them.
+    """
+    found = set(found)
+    if unknown := sorted(found - SAFETENSORS_DTYPES.keys() - FLOAT8.keys()):
+        fix = f"Save it in one of {', '.join(SAFETENSORS_DTYPES)}."
+        raise LdmPipeError(f"the file is whole, but its numbers of type {unknown} are not read", where, fix)
+    if eight := sorted(found & FLOAT8.keys()):
+        warnings.warn(f"{where}: {eight} are read as float16; what 8 bits rounded away stays lost", stacklevel=3)
+
+
 def load_tensors(
     path: str | Path,
     *,
@@ -236,9 +256,7 @@ def load_tensors(
             start = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(start - 8))
             header.pop("__metadata__", None)
-            unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
-            if unknown:
-                raise ValueError(f"tensors of the types {unknown}")
+            refuse_dtypes({entry["dtype"] for entry in header.values()}, str(path))
             file = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         for name, entry in header.items():
             source = _view(file, start, entry)
@@ -249,10 +267,24 @@ def load_tensors(
             if finite and not is_finite(found[name]):
                 bad.append(name)
             _forget(file, *(start + offset for offset in entry["data_offsets"]))
+    except LdmPipeError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch or export it anew.") from None
     refuse_nonfinite(bad, str(path))
     return found
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """Read the names of the tensors of a safetensors file, from its header alone.
+
+    Raises: LdmPipeError naming the file if it is missing, truncated or of another format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch it anew.") from None
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -32,9 +32,7 @@ class StrictModel(BaseModel):
 class DataConfig(StrictModel):
     """Where the pictures come from."""
 
-    train_data_dir: str = Field(
-        "data/emoji/data/noto/train.parquet", description="parquet file or folder, or image folder with captions"
-    )
+    train_data_dir: str = Field("", description="needed: parquet file or folder, or image folder with captions")
     image_column: str = "image"
     caption_column: str | None = Field("caption", description="null: no captions are needed (autoencoder)")
     keywords_column: str | None = None

@@ -34,7 +34,7 @@ from ldm_pipe.training.run.checkpoint import (
 from ldm_pipe.training.run.config import TrainConfig, default_values
 from ldm_pipe.training.run.ema import Ema
 from ldm_pipe.training.run.environment import describe_environment, peak_memory, plain_errors, start_processes
-from ldm_pipe.training.run.optim import lr_at, make_optimizer
+from ldm_pipe.training.run.optim import lr_at, make_optimizer, warn_of_long_warmup
 from ldm_pipe.training.run.parts import Logs, Micro, Order, Part
 from ldm_pipe.training.run.records import Records, start_records
 from ldm_pipe.training.run.stop import StopSignal
@@ -303,6 +303,8 @@ class Trainer:
             else:
                 refuse_old_run(self.folder)
             self._start_records()
+            for part in self.parts if self.is_main else ():
+                warn_of_long_warmup(part.optim, self.config.max_train_steps - part.start_step)
             for net in self.nets.values():
                 net.train()
             with plain_errors(str(self.folder)):

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 MAX_RESIDENT_BYTES = 2 << 30
 
 
+def refuse_no_data(config: DataConfig) -> None:
+    """Raise LdmPipeError where no pictures are named: nobody means to train on whatever lies about."""
+    if not config.train_data_dir.strip():
+        raise LdmPipeError("no pictures are named", "train_data_dir", "Name a folder or file: --train_data_dir ...")
+
+
 def open_records(config: DataConfig, output_dir: str | Path | None = None) -> Records:
     """Read the records a config names, without the rows its `exclude_columns` mark.
 
@@ -41,6 +47,7 @@ def open_records(config: DataConfig, output_dir: str | Path | None = None) -> Re
         config: the run's data.
         output_dir: if given, the main process says what was left out, and lists it in `left_out.txt` there.
     """
+    refuse_no_data(config)
     records = load_records(
         config.train_data_dir,
         image_column=config.image_column,
@@ -235,6 +242,7 @@ class StreamBatches:
         }  # fmt: skip
         if refused := [name for name, value in wanted.items() if value]:
             raise LdmPipeError(f"a stream cannot serve {', '.join(refused)}", "data", "Leave them, or streaming, out.")
+        refuse_no_data(config)
         stream = Stream(
             open_stream(config.train_data_dir, config_name=config.dataset_config_name),
             image_column=config.image_column, caption_column=config.caption_column, seed=seed,
