@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conditioning.text import refuse_code
 from ldm_pipe.data.cache import module_hash
 from ldm_pipe.metrics.retrieval import thumbnails
 from ldm_pipe.pretrained import LdmPipeError, load_tensors, resolve_folder
@@ -180,7 +181,8 @@ def _clip(place: str, device: str | torch.device) -> FeatureNet:
     def texts(words: Sequence[str]) -> Tensor:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True)
+        refuse_code(Path(root))
+        tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         length = net.config.text_config.max_position_embeddings
         call = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
         with torch.no_grad():
