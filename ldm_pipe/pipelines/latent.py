@@ -35,13 +35,13 @@ from ldm_pipe.drawing.output import (
 from ldm_pipe.drawing.placement import Placement, read_device, read_dtype
 from ldm_pipe.drawing.prompting import plan_prompts
 from ldm_pipe.drawing.request.request import Request, check_request
-from ldm_pipe.drawing.request.texts import check_second, check_text
 from ldm_pipe.guidance.pair import Guidance
 from ldm_pipe.interop.folders.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.interop.pickles.convert import without_pickles
 from ldm_pipe.networks import UNet
 from ldm_pipe.pipelines.adapters import Adapters
 from ldm_pipe.pipelines.base import Call
+from ldm_pipe.pipelines.replace import encode_both, replace_parts
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import Law
 
@@ -198,9 +198,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             raise LdmPipeError("safe_serialization=False", how_to_fix="Weights are written as safetensors only.")
         from ldm_pipe.interop.folders.save import save_pipeline
 
-        save_pipeline(
-            self, Path(save_directory), variant=variant, dtype=read_dtype(dtype) if dtype else self.dtype, card=card
-        )
+        kept = read_dtype(dtype) if dtype else self.dtype
+        save_pipeline(self, Path(save_directory), variant=variant, dtype=kept, card=card)
 
     @property
     def vae(self) -> Autoencoder:
@@ -217,15 +216,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         Raises: LdmPipeError if they do not belong together, or while LoRAs are merged into those that go; then nothing
             has changed.
         """
-        known = ("unet", "autoencoder", "text_encoders")
-        unknown = [name for name in parts if name not in known]
-        if unknown:
-            raise LdmPipeError(f"there is no part {unknown[0]!r:.80}", "put", f"Give some of {', '.join(known)}.")
-        if self._loras is not None and self._loras.adapters:
-            raise LdmPipeError("LoRAs are merged into the parts", "put", "Call unload_lora_weights() first.")
-        check_fit(replace(self.parts(), **parts))
-        for name, part in parts.items():
-            setattr(self, name, part)
+        replace_parts(self, parts)
         self._loras = self.model_hash = None
 
     @property
@@ -368,8 +359,6 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             infos=picture_infos(request, self.name, self.model_hash, self.adapter_settings()),
         )
 
-    # The stages
-
     def _draw(self, request: Request) -> tuple[Tensor, Tensor]:
         """Run the three stages for one batch: (z, image)."""
         try:
@@ -404,17 +393,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
 
         Where the model reads pooled vectors, `pooled_prompt_embeds` and `negative_pooled_prompt_embeds` follow, (B, P).
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = negative_prompt or ""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        for text in (*prompts, *negatives):
-            check_text("prompt", text)
-        given: dict[str, Any] = {"prompt_2": prompt_2, "negative_prompt_2": negative_prompt_2}
-        given |= {"prompt_embeds": None, "negative_prompt_embeds": None}
-        second = check_second(self, given, len(prompts), guided=True)
         is_zero = self.zero_empty_prompt and negative_prompt is None and negative_prompt_2 is None
-        with torch.no_grad():
-            cond = drawing.encode(self, prompts, clip_skip, second[0])
-            uncond = cond.zeros() if is_zero else drawing.encode(self, negatives, None, second[1])
-        pairs = ((cond.tokens, uncond.tokens), (cond.pooled, uncond.pooled))
-        return tuple(value for pair in pairs for value in pair if value is not None)
+        return encode_both(self, prompts, negatives, prompt_2, negative_prompt_2, clip_skip=clip_skip, is_zero=is_zero)

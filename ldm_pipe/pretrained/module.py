@@ -22,7 +22,6 @@ from ldm_pipe.pretrained.files import (
     check_links,
     first_ten,
     is_finite,
-    load_folder_tensors,
     load_tensors,
     read_json,
     read_metadata,
@@ -31,6 +30,7 @@ from ldm_pipe.pretrained.files import (
     save_tensors,
     sync_folder,
 )
+from ldm_pipe.pretrained.weights import load_folder_tensors
 
 __all__ = [
     "FrozenConfig",
