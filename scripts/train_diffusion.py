@@ -164,7 +164,8 @@ def main(argv: list[str]) -> None:
     net = JointNet(unet, text_encoders[0]) if config.train_text_encoder else unet
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    sampler, spacing = ("ddim", "leading") if config.schedule.kind == "discrete" else ("euler", None)
+    discrete = config.schedule.kind == "discrete"
+    sampler, spacing = ("ddim", config.schedule.timestep_spacing) if discrete else ("euler", None)
     defaults = Defaults(
         sampler=sampler, spacing=spacing, num_inference_steps=config.default_num_inference_steps,
         guidance_scale=config.default_guidance_scale, height=config.data.resolution, width=config.data.resolution,
