@@ -4,6 +4,7 @@
     python scripts/evaluate.py retrieval --guidance_scale 1 2 3 4 5 7 10 --output runs/emoji/evaluation/retrieval
     python scripts/evaluate.py style --lora runs/emoji/finetune/lora.safetensors --output runs/emoji/evaluation/style
     python scripts/evaluate.py sheet --output docs/images
+    python scripts/evaluate.py likeness --output runs/emoji/evaluation/likeness
     python scripts/evaluate.py mask --model runs/emoji/diffusion_mask --output runs/emoji/evaluation/mask
     python scripts/evaluate.py inversion --output runs/emoji/evaluation/inversion
     python scripts/evaluate.py bits --model runs/emoji/diffusion --output runs/emoji/evaluation/bits
@@ -27,18 +28,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
+from autoencoder.losses import perceptual_distance
 from conditioning.contrastive import ImageTower
 from ldm_pipe.cli.paths import OutputError, check_folder
 from ldm_pipe.data.cache import module_hash
 from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
+from ldm_pipe.metrics.arguments import add_drawing_kinds
 from ldm_pipe.metrics.command import add_metrics
 from ldm_pipe.metrics.inversion import measure_inversion
 from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
+from ldm_pipe.metrics.likeness import memorisation, sharpness
 from ldm_pipe.metrics.mask import measure_masks
 from ldm_pipe.metrics.reconstruction import report_reconstruction
 from ldm_pipe.metrics.report import plot_rates, save_picture, write_results
-from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, thumbnails
+from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, standard_error, thumbnails
 from ldm_pipe.metrics.style import StyleClassifier, load_or_fit
 from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
@@ -64,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--resolution", type=int, help="side of the pictures; default: the model's")
     rebuild.add_argument("--num_images", type=int, help="only the first so many of each set (a quick look)")
     rebuild.set_defaults(run=run_autoencoder)
-    retrieve, style, sheet = add_drawing_kinds(kinds)
+    retrieve, style, sheet, like = add_drawing_kinds(kinds, run_retrieval, run_sheet, run_likeness)
     bits = kinds.add_parser("bits", help="bound on the bits per dimension of the validation drawings' latents")
     bits.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
     bits.add_argument("--validation_file", default=f"{NOTO}/validation.parquet", help="drawings never trained on")
@@ -86,42 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     mask.add_argument("--guidance_scale", type=float, nargs="+", default=[4.0], help="default 4")
     mask.set_defaults(run=run_mask, sampler=None)
     add_metrics(kinds)
-    for one in (rebuild, retrieve, style, sheet, invert, mask):
+    for one in (rebuild, retrieve, style, sheet, like, invert, mask):
         where = FLAT if one is style else NOTO
         one.add_argument("--train_file", default=f"{where}/train.parquet", help="parquet file of the drawings")
-    for one in (rebuild, retrieve, style, sheet, bits, invert, mask):
+    for one in (rebuild, retrieve, style, sheet, like, bits, invert, mask):
         one.add_argument("--batch_size", type=int, default=20, help="pictures at once (default 20)")
         one.add_argument("--device", help="default: a GPU if there is one")
         one.add_argument("--output", required=True, type=Path, help="folder for results.json and the pictures")
     return parser
-
-
-def add_drawing_kinds(kinds: Any) -> list[argparse.ArgumentParser]:
-    """Describe the evaluations that draw what captions ask for."""
-    retrieve = kinds.add_parser("retrieval", help="how often the nearest drawing is of the right concept")
-    style = kinds.add_parser("style", help="retrieval among the flat drawings, and how flat the pictures look")
-    style.add_argument("--classifier", default="runs/emoji/style", help="folder; fitted there if it is not there yet")
-    sheet = kinds.add_parser("sheet", help="one labelled sheet of uncurated pictures")
-    retrieve.set_defaults(run=run_retrieval, classifier=None)
-    style.set_defaults(run=run_retrieval)
-    sheet.set_defaults(run=run_sheet)
-    for one in (retrieve, style):
-        one.add_argument("--num_prompts", type=int, default=200, help="captions, chosen by hash (default 200)")
-        one.add_argument("--answer_column", default="concept", help="what the nearest drawing must share (concept)")
-    for one in (retrieve, style, sheet):
-        one.add_argument("--lora", nargs="+", default=[], help="LoRA files or folders to draw with")
-        one.add_argument("--prompt_suffix", default="", help="words put behind every prompt, such as ', <flat>'")
-        one.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
-        one.add_argument("--prompt_column", default="caption", help="for a model of labels: their column")
-        one.add_argument("--num_inference_steps", type=int, help="default: the model's")
-        one.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m; default: the model's")
-        how = (
-            {"nargs": "+", "help": "one, or several to compare"}
-            if one is not sheet
-            else {"help": "default: the model's"}
-        )
-        one.add_argument("--guidance_scale", type=float, **how)  # pyright: ignore[reportArgumentType]
-    return [retrieve, style, sheet]
 
 
 def load_plain(path: str) -> Records:
@@ -259,7 +235,7 @@ def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
     facts |= {"prompt_suffix": args.prompt_suffix, "classifier": judge and dict(judge.config)}
     results = []
     print(f"{len(prompts)} prompts, {len(records)} drawings, {facts['sampler']}, {facts['num_inference_steps']} steps")
-    print("| guidance | top 1 | top 5 | seconds | style |\n|---|---|---|---|---|")
+    print("| guidance | top 1 | top 5 | standard errors | seconds | style |\n|---|---|---|---|---|---|")
     for scale in scales:
         start = time.perf_counter()
         pictures = draw(pipe, prompts, args, scale)
@@ -268,10 +244,14 @@ def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
         ranks = concept_ranks(vectors, wanted, references, concepts)
         first, five = hit_rate(ranks, 1), hit_rate(ranks, 5)
         style = judge and round(float(judge(torch.stack([to_tensor(picture) for picture in pictures])).mean()), 4)
-        row = {"guidance_scale": scale, "top1": first, "top5": five, "seconds": round(seconds, 1), "style": style}
+        errors = [round(standard_error(rate, len(prompts)), 4) for rate in (first, five)]
+        row = {"guidance_scale": scale, "top1": first, "top5": five, "standard_errors": errors}
+        row |= {"seconds": round(seconds, 1), "style": style}
         results.append({**row, "ranks": dict(zip(captions, ranks.tolist(), strict=True))})
         print(
-            f"| {scale:g} | {first:.3f} | {five:.3f} | {seconds:.0f} | {'-' if style is None else style} |", flush=True
+            f"| {scale:g} | {first:.3f} | {five:.3f} | {errors[0]:.3f}, {errors[1]:.3f} | {seconds:.0f} |"
+            f" {'-' if style is None else style} |",
+            flush=True,
         )
         save_picture(make_grid(pictures, 20), args.output / f"pictures-{scale:g}.png")
         write_results(args.output, device, {**facts, "results": results}, began)
@@ -297,6 +277,32 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
         args.output, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began
     )
     print(path)
+
+
+def run_likeness(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw captions from two seeds; compare with all training drawings, and with the autoencoder's reconstructions."""
+    began = time.perf_counter()
+    records, pipe = load_plain(args.train_file), load_model(args, device)
+    rows = asked(records, args.num_prompts)
+    prompts = read_prompts(args, records, rows)
+    drawn = draw(pipe, prompts * 2, args, args.guidance_scale)  # a prompt that comes again is drawn from another seed
+    pictures = torch.stack([to_tensor(picture) for picture in drawn])
+    side = pictures.shape[-1]
+    drawings = torch.cat(list(image_batches(records, side, args.batch_size, "drawings")))
+    wanted = drawings[rows].to(device)
+    rebuilt = torch.cat([pipe.autoencoder.decode(pipe.autoencoder.encode(part)) for part in wanted.split(20)])
+    rebuilt = rebuilt.detach().clamp(-1, 1).cpu()
+    first, second = pictures.chunk(2)
+    found = {name: round(value, 4) for name, value in vars(memorisation(first, second, drawings)).items()}
+    found["rebuilt_to_drawing"] = round(memorisation(rebuilt, rebuilt, drawings).to_drawing, 4)
+    found["sharpness"] = round(sharpness(first, rebuilt), 4)
+    if args.image_tower:
+        features = ImageTower.from_pretrained(args.image_tower).features
+        with torch.no_grad():
+            for name, shown in (("perceptual", first), ("perceptual_rebuilt", rebuilt)):
+                found[name] = round(float(perceptual_distance(features, drawings[rows], shown).mean()), 4)
+    print("\n".join(f"{name}: {value}" for name, value in found.items()))
+    write_results(args.output, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": found}, began)
 
 
 def run_inversion(args: argparse.Namespace, device: torch.device) -> None:

@@ -7,6 +7,9 @@ output folder, and the retrieval accuracy on the training drawings.
 
     python scripts/train_clip.py --config configs/emoji/clip.yaml
     python scripts/train_clip.py --output_dir runs/text --data.train_data_dir my_pictures --data.caption_column text
+
+A second phase (`--sketch_steps`, configs/emoji/sketch.yaml) teaches the text encoder to predict the latents of the
+drawing (`ldm_pipe.training.tasks.sketch`); with `--init_from` it starts from a trained encoder and writes no CLIP.
 """
 
 from __future__ import annotations
@@ -20,20 +23,24 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as parquet
 import torch
 from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from autoencoder import load_autoencoder
 from conditioning import CLIPTextEncoder, ClipTokenizer
 from conditioning.contrastive import ImageTower, contrastive_loss
 from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.captions import mix_caption
+from ldm_pipe.data.colours import main_colour
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.training.run.config import DataConfig, StrictModel, dump_config, parse_config, run_script
 from ldm_pipe.training.run.rng import key_seed
 from ldm_pipe.training.tasks.pictures import open_records
+from ldm_pipe.training.tasks.sketch import SketchHead, SketchSettings, measure_sketch, train_sketch
 
 VARIANTS = ("is_skin_tone_variant", "is_gender_variant", "is_flag")
 
@@ -52,6 +59,14 @@ class ClipConfig(StrictModel):
     num_heads: int = Field(6, ge=1)
     projection_dim: int = Field(128, ge=8)
     channels: tuple[int, ...] = (32, 64, 128, 192)
+    name_column: str = Field("name", description="of train_file")
+    init_from: str | None = Field(None, description="folder with text_encoder/ and tokenizer/ to start from; no CLIP")
+    autoencoder: str | None = Field(None, description="whose latents the text encoder learns to predict")
+    sketch_steps: int = Field(0, ge=0, description="of the second phase, that predicts latents; 0: leave it out")
+    contrastive_weight: float = Field(0.1, ge=0, description="of predicted against true latents")
+    word_dropout: float = Field(0.1, ge=0, lt=1, description="of the second phase, beside that of mixed captions")
+    colour_share: float = Field(0.2, ge=0, le=1, description="captions of the second phase that tell the main colour")
+    validation_file: str | None = Field(None, description="the emoji's drawings that no training sees, to measure")
     variant_weight: float = Field(0.3, ge=0, description="share of skin tone, gender and flag rows within a concept")
     max_shift: int = Field(4, ge=0, description="largest shift of a picture in pixels")
     train_batch_size: int = Field(128, ge=2)
@@ -72,6 +87,7 @@ class Drawings:
     keywords: list[list[str]]
     concepts: Tensor
     plain: Tensor
+    groups: list[str] | None = None
 
 
 def load_pictures(config: DataConfig, resolution: int) -> Drawings:
@@ -88,9 +104,11 @@ def load_pictures(config: DataConfig, resolution: int) -> Drawings:
     return Drawings(torch.from_numpy(images), list(records.captions), keywords, concepts, plain)
 
 
-def load_drawings(path: str, resolution: int) -> Drawings:
+def load_drawings(path: str, resolution: int, name_column: str = "name") -> Drawings:
     """Read the emoji's parquet file; pictures are scaled down by box averaging."""
-    table = pd.read_parquet(path, columns=["image", "name", "keywords", "concept", *VARIANTS])
+    wanted = ["image", name_column, "keywords", "concept", *VARIANTS]
+    has_groups = "group" in parquet.read_schema(path).names
+    table = pd.read_parquet(path, columns=[*wanted, "group"] if has_groups else wanted)
     images = np.empty((len(table), 3, resolution, resolution), dtype=np.uint8)
     for row, cell in enumerate(tqdm(table["image"], desc="reading pictures", leave=False)):
         picture = Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
@@ -98,7 +116,8 @@ def load_drawings(path: str, resolution: int) -> Drawings:
     concepts = torch.tensor(pd.factorize(table["concept"])[0])
     plain = torch.tensor(~table[list(VARIANTS)].to_numpy(dtype=bool).any(axis=1))
     keywords = [[str(word) for word in words] for words in table["keywords"]]
-    return Drawings(torch.from_numpy(images), table["name"].tolist(), keywords, concepts, plain)
+    groups = table["group"].tolist() if has_groups else None
+    return Drawings(torch.from_numpy(images), table[name_column].tolist(), keywords, concepts, plain, groups)
 
 
 def row_weights(concepts: Tensor, plain: Tensor, variant_weight: float) -> Tensor:
@@ -214,9 +233,101 @@ def retrieval(
     return (rank < 1).float().mean().item(), (rank < 5).float().mean().item()
 
 
+def check_phases(config: ClipConfig) -> None:
+    """Refuse phases that lack something, before any work. Raises: LdmPipeError naming the field."""
+    if config.sketch_steps and config.autoencoder is None:
+        raise LdmPipeError("sketch_steps without an autoencoder", "autoencoder", "Name the folder of a trained one.")
+    if config.init_from is not None and not config.sketch_steps:
+        what = "init_from leaves the first phase out, sketch_steps 0 the second"
+        raise LdmPipeError(what, "config", "Give sketch_steps, or no init_from.")
+    if config.validation_file is not None and not config.sketch_steps:
+        raise LdmPipeError(
+            "only the second phase measures it", "validation_file", "Give sketch_steps, or leave it out."
+        )
+
+
+@torch.no_grad()
+def encode_latents(config: ClipConfig, images: Tensor) -> Tensor:
+    """Encode uint8 images to normalised latents, (N, C, h, w)."""
+    assert config.autoencoder is not None  # see check_phases
+    autoencoder = load_autoencoder(config.autoencoder)
+    parts = [autoencoder.encode_moments(to_signed(part)).mean for part in tqdm(images.split(64), desc="latents")]
+    return (torch.cat(parts) - autoencoder.shift_factor) * autoencoder.scaling_factor
+
+
+def sketch_caption(config: ClipConfig, name: str, keywords: list[str], colour: str | None, rng: random.Random) -> str:
+    """Mix a caption, often with the drawing's main colour in front, and drop words of it, never all."""
+    caption = mix_caption(name, keywords, rng)
+    if colour is not None and colour not in caption and rng.random() < config.colour_share:
+        caption = f"{colour} {caption}"
+    return " ".join(w for w in caption.split(" ") if rng.random() >= config.word_dropout).strip(",") or caption
+
+
+def train_second_phase(config: ClipConfig, data: Drawings, tokenizer: ClipTokenizer, encoder: CLIPTextEncoder) -> str:
+    """Teach the text encoder to predict latents, save it now and then, and return what it knows in words."""
+    latents = encode_latents(config, data.images)
+    colours = [main_colour(image) for image in data.images]
+    rng = random.Random(key_seed(config.seed, "sketch captions"))
+    settings = SketchSettings(
+        config.sketch_steps, config.train_batch_size, config.learning_rate, config.weight_decay,
+        config.lr_warmup_steps, config.contrastive_weight, config.seed,
+    )  # fmt: skip
+
+    def caption(row: int) -> str:
+        return sketch_caption(config, data.names[row], data.keywords[row], colours[row], rng)
+
+    def save(step: int) -> None:
+        if step % 200 == 0:
+            save_texts(config, tokenizer, encoder)
+
+    weights = row_weights(data.concepts, data.plain, config.variant_weight)
+    head = train_sketch(encoder, tokenizer, latents, data.concepts, weights, caption, settings, save=save)
+    encoder.eval()
+    seen = data.plain.nonzero()[:, 0]
+    names = [data.names[row] for row in seen.tolist()]
+    found = measure_sketch(head, encoder, tokenizer, names, latents[seen], latents[seen])
+    told = f"name -> own latents of {len(names)}: {found.first:.3f}, variance explained {found.explained:.3f}"
+    if config.validation_file is None:
+        return told
+    return f"{told}; {measure_unseen(config, data, latents[seen], seen, head, encoder, tokenizer)}"
+
+
+def measure_unseen(
+    config: ClipConfig,
+    data: Drawings,
+    latents: Tensor,
+    seen: Tensor,
+    head: SketchHead,
+    encoder: CLIPTextEncoder,
+    tokenizer: ClipTokenizer,
+) -> str:
+    """Tell how well names that no training saw foretell their drawings; `latents` are those of the rows `seen`."""
+    assert config.validation_file is not None
+    unseen = load_drawings(config.validation_file, config.resolution, config.name_column)
+    rows = unseen.plain.nonzero()[:, 0]
+    names = [unseen.names[row] for row in rows.tolist()]
+    found = measure_sketch(head, encoder, tokenizer, names, encode_latents(config, unseen.images[rows]), latents)
+    line = (
+        f"{len(names)} unseen concepts: first {found.first:.3f}, ten {found.ten:.3f},"
+        f" variance explained {found.explained:.3f}"
+    )
+    if data.groups is None or unseen.groups is None:
+        return line
+    pairs = zip(found.nearest.tolist(), rows.tolist(), strict=True)
+    right = [data.groups[int(seen[near])] == unseen.groups[row] for near, row in pairs]
+    return f"{line}, group of the nearest {sum(right) / len(right):.2f}"
+
+
+def save_texts(config: ClipConfig, tokenizer: ClipTokenizer, encoder: CLIPTextEncoder) -> None:
+    """Write what a pipeline needs of the text side."""
+    tokenizer.save_pretrained(Path(config.output_dir) / "tokenizer")
+    encoder.without_projection().save_pretrained(Path(config.output_dir) / "text_encoder")
+
+
 def main(argv: list[str]) -> None:
     """Train, evaluate, save."""
     config = parse_config(ClipConfig, argv, __doc__ or "")  # pyright: ignore[reportArgumentType]
+    check_phases(config)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     start = time.perf_counter()
@@ -224,24 +335,37 @@ def main(argv: list[str]) -> None:
     data = (
         load_pictures(config.data, config.resolution)
         if config.train_file is None
-        else load_drawings(config.train_file, config.resolution)
+        else load_drawings(config.train_file, config.resolution, config.name_column)
     )
     if len(data.names) < config.train_batch_size:
         what = f"{len(data.names)} pictures for batches of {config.train_batch_size}"
         raise LdmPipeError(what, "train_batch_size", "A contrastive batch repeats no picture: use a smaller one.")
-    corpus = data.names + [", ".join(words) for words in data.keywords]
-    tokenizer, encoder, tower = build_models(config, corpus)
-    train(config, data, tokenizer, encoder, tower)
-    first, five = retrieval(data, tokenizer, encoder.eval(), tower.eval())
-    out = Path(config.output_dir)
-    tokenizer.save_pretrained(out / "tokenizer")
-    encoder.without_projection().save_pretrained(out / "text_encoder")
-    encoder.save_pretrained(out / "text_encoder_with_projection")
-    tower.save_pretrained(out / "image_tower")
+    out, lines = Path(config.output_dir), []
+    if config.init_from is None:
+        corpus = data.names + [", ".join(words) for words in data.keywords]
+        tokenizer, encoder, tower = build_models(config, corpus)
+        train(config, data, tokenizer, encoder, tower)
+        first, five = retrieval(data, tokenizer, encoder.eval(), tower.eval())
+        lines += [f"caption -> picture over {int(data.plain.sum())} plain ones: top1 {first:.3f}, top5 {five:.3f}"]
+        encoder.save_pretrained(out / "text_encoder_with_projection")
+        tower.save_pretrained(out / "image_tower")
+    else:
+        encoder = CLIPTextEncoder.from_pretrained(config.init_from, dtype=torch.float32)
+        tokenizer = clip_tokenizer(encoder, config.init_from)
+    if config.sketch_steps:
+        lines += [train_second_phase(config, data, tokenizer, encoder.train())]
+    save_texts(config, tokenizer, encoder)
     minutes = (time.perf_counter() - start) / 60
-    line = f"caption -> picture over {int(data.plain.sum())} plain ones: top1 {first:.3f}, top5 {five:.3f}"
+    line = "; ".join(lines)
     atomic_write(out / "clip.yaml", dump_config(config) + f"# {line}, {minutes:.1f} minutes\n")
     print(f"{line}; {minutes:.1f} minutes; written to {out}")
+
+
+def clip_tokenizer(encoder: CLIPTextEncoder, folder: str) -> ClipTokenizer:
+    """Return the tokenizer of a text encoder."""
+    if encoder.tokenizer is None:
+        raise LdmPipeError("there is no tokenizer", folder, "Name a folder with text_encoder/ and tokenizer/.")
+    return encoder.tokenizer
 
 
 if __name__ == "__main__":

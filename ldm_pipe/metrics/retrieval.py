@@ -77,3 +77,8 @@ def concept_ranks(
 def hit_rate(ranks: Tensor, first: int) -> float:
     """Return the share of ranks below `first`: how often the right concept is among the first so many."""
     return float((ranks < first).double().mean())
+
+
+def standard_error(rate: float, num: int) -> float:
+    """Return the standard error of a share seen among `num` independent prompts, sqrt(p (1 - p) / n)."""
+    return (rate * (1 - rate) / num) ** 0.5

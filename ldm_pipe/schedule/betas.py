@@ -13,8 +13,14 @@ from torch import Tensor
 
 from ldm_pipe.pretrained import LdmPipeError
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "sqrt", "quadratic", "jsd"]
-WITHOUT_ENDS: tuple[BetaSchedule, ...] = ("squaredcos_cap_v2", "jsd")  # beta_start and beta_end play no role
+BetaSchedule = Literal[
+    "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "sqrt", "quadratic", "jsd", "flow_levels"
+]
+WITHOUT_ENDS: tuple[BetaSchedule, ...] = (
+    "squaredcos_cap_v2",
+    "jsd",
+    "flow_levels",
+)  # beta_start and beta_end play no role
 
 
 def make_betas(kind: BetaSchedule, beta_start: float, beta_end: float, num_train_timesteps: int) -> Tensor:
@@ -29,6 +35,8 @@ def make_betas(kind: BetaSchedule, beta_start: float, beta_end: float, num_train
     sqrt               beta_t^2 linear in t, from the ends' roots                 (the code of arXiv:2112.10752)
     jsd                beta_t = 1 / (T - t), t = 0 .. T-1: alpha_bar falls linearly to 0, a zero terminal SNR
                        (Sohl-Dickstein et al. 2015, arXiv:1503.03585, section 2.4.1); the ends play no role
+    flow_levels        sigma / alpha = u / (1 - u), u = (t + 1) / (T + 1): the noise levels of rectified flow at even
+                       times (Liu et al. 2022, arXiv:2209.03003, eq. 1), variance preserving; the ends play no role
     """
     num = num_train_timesteps
     match kind:
@@ -47,6 +55,10 @@ def make_betas(kind: BetaSchedule, beta_start: float, beta_end: float, num_train
             return torch.linspace(beta_start, beta_end, num, dtype=torch.float64).sqrt()
         case "jsd":
             return 1 / torch.arange(num, 0, -1, dtype=torch.float64)
+        case "flow_levels":
+            u = torch.arange(num + 1, dtype=torch.float64) / (num + 1)
+            alpha_bar = (1 - u).square() / ((1 - u).square() + u.square())
+            return 1 - alpha_bar[1:] / alpha_bar[:-1]
     raise LdmPipeError(f"unknown beta_schedule {kind!r}", how_to_fix=f"use one of {', '.join(get_args(BetaSchedule))}")
 
 

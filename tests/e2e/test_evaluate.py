@@ -263,3 +263,14 @@ def test_style_is_scored_with_a_lora_and_words_behind_the_prompts(
         assert report["classifier"]["styles"] == ["noto", "twemoji"]
     assert [len(report["lora"]) for report in reports] == [0, 0, 1]
     assert "style classifier on unseen drawings" in capsys.readouterr().out
+
+
+def test_likeness_measures_two_seeds_against_all_drawings(
+    evaluate: ModuleType, drawings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--num_prompts", "2", "--num_inference_steps", "1", "--output", str(tmp_path)]
+    evaluate.main(["likeness", "--model", MODEL, "--train_file", drawings, *small])
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert found["between_seeds"] > 0
+    assert found["to_drawing"] > 0
+    assert f"sharpness: {found['sharpness']}" in capsys.readouterr().out

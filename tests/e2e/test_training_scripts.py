@@ -249,9 +249,10 @@ def load_script(name: str) -> ModuleType:
     return importlib.import_module(f"scripts.{name}")
 
 
-def test_the_clip_config_of_the_project_builds() -> None:
+@pytest.mark.parametrize("name", ["clip.yaml", "sketch.yaml"])
+def test_the_clip_configs_of_the_project_build(name: str) -> None:
     module = load_script("train_clip")
-    path = ROOT / "configs" / "emoji" / "clip.yaml"
+    path = ROOT / "configs" / "emoji" / name
     config = build_config(module.ClipConfig, read_yaml(path), str(path))
     assert build_config(module.ClipConfig, yaml.safe_load(dump_config(config)), "again") == config
 
@@ -271,3 +272,34 @@ def test_two_steps_of_clip_give_what_the_other_stages_load(tmp_path: Path, drawi
     assert tokens.shape == (1, 8, 16)
     features = ImageTower.from_pretrained(tmp_path / "image_tower").features(torch.zeros(1, 3, 32, 32))
     assert [f.shape[1] for f in features] == [8]
+
+
+def test_a_text_encoder_learns_to_predict_latents(tmp_path: Path, drawings: Path) -> None:
+    module = load_script("train_clip")
+    sizes = ["--hidden_size", "16", "--num_layers", "1", "--num_heads", "2", "--projection_dim", "8", "--channels", "8"]
+    numbers = ["--vocab_size", "530", "--max_length", "32", "--train_batch_size", "4", "--max_train_steps", "1"]
+    files = ["--train_file", str(drawings), "--resolution", "32", "--num_threads", "1"]
+    second = ["--sketch_steps", "2", "--autoencoder", str(MODEL / "vae"), "--validation_file", str(drawings)]
+    with torch.random.fork_rng():
+        module.main(["--output_dir", str(tmp_path / "first"), *files, *sizes, *numbers])
+        given = ["--init_from", str(tmp_path / "first"), "--train_batch_size", "4"]
+        module.main(["--output_dir", str(tmp_path / "second"), *files, *given, *second])
+    old, new = (CLIPTextEncoder.from_pretrained(tmp_path / name).encode(["red apple"]) for name in ("first", "second"))
+    assert old.tokens is not None and new.tokens is not None
+    assert old.tokens.shape == new.tokens.shape
+    assert not torch.equal(old.tokens, new.tokens)
+    assert not (tmp_path / "second" / "image_tower").exists()
+    assert "6 unseen concepts" in (tmp_path / "second" / "clip.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sketch_steps", "2"], "without an autoencoder"),
+        (["--init_from", "somewhere"], "leaves the first phase out"),
+        (["--validation_file", "somewhere"], "only the second phase"),
+    ],
+)
+def test_phases_of_clip_that_lack_something_are_refused(tmp_path: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(LdmPipeError, match=words):
+        load_script("train_clip").main(["--output_dir", str(tmp_path), *flags])

@@ -64,6 +64,9 @@ class ScheduleConfig(StrictModel):
     )
     beta_start: float = Field(0.00085, gt=0, lt=1)
     beta_end: float = Field(0.012, gt=0, lt=1)
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = Field(
+        "leading", description="of the discrete kind when drawing; trailing starts at the noisiest level"
+    )
     zero_terminal_snr: bool = Field(False, description="the discrete kind's last level is pure noise")
     sigma_min: float = Field(0.01, gt=0, description="cleanest level of ve and edm")
     sigma_max: float = Field(50.0, gt=0, description="noisiest level of ve and edm")
@@ -84,6 +87,7 @@ class ScheduleConfig(StrictModel):
                     beta_end=self.beta_end,
                     num_train_timesteps=num,
                     prediction=prediction,
+                    spacing=self.timestep_spacing,
                     zero_terminal_snr=self.zero_terminal_snr,
                 )
             case "vp":

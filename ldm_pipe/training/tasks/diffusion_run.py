@@ -45,7 +45,8 @@ def make_pipeline(
     beside: Beside,
 ) -> LatentDiffusionPipeline:
     """Put the pipeline together that validation draws with and that is the result of the run."""
-    sampler, spacing = ("ddim", "leading") if config.schedule.kind == "discrete" else ("euler", None)
+    discrete = config.schedule.kind == "discrete"
+    sampler, spacing = ("ddim", config.schedule.timestep_spacing) if discrete else ("euler", None)
     defaults = Defaults(
         sampler=sampler, spacing=spacing, num_inference_steps=config.default_num_inference_steps,
         guidance_scale=config.default_guidance_scale, height=config.data.resolution, width=config.data.resolution,

@@ -363,3 +363,11 @@ def test_what_diffusers_cannot_represent_is_refused() -> None:
     with pytest.raises(LdmPipeError, match="rewrites"):
         NoiseSchedule(steps_offset=0).to_config("ddim")
     assert NoiseSchedule(steps_offset=0).to_config("ddim", for_stable_diffusion=False)["steps_offset"] == 0
+
+
+def test_flow_levels_are_those_of_rectified_flow() -> None:
+    """sigma / alpha = t / (1 - t) at even times t, whatever the scale of the mixture."""
+    law = NoiseSchedule(beta_schedule="flow_levels", num_train_timesteps=9, prediction="v")
+    alpha, sigma = law.alpha_sigma(torch.arange(9))
+    t = torch.arange(1, 10, dtype=torch.float64) / 10
+    assert torch.allclose(sigma / alpha, t / (1 - t), rtol=1e-12)
