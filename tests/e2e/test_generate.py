@@ -137,7 +137,6 @@ def test_prompts_file_is_restartable(folder: Path, capsys: pytest.CaptureFixture
     ("words", "said"),
     [
         (["--height", "33"], "32 or 36"),
-        (["--num-inference-steps", "0"], "num_inference_steps"),
         (["--sampler", "karras"], "ddim"),
         (["--seed", "-3"], "seed"),
         (["--device", "cuda:9"], "cannot move"),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ldm_pipe.interop.textual_inversion import load_word
 
 from conditioning import (
     CLIPTextEncoder,
@@ -26,6 +25,7 @@ from conditioning.spatial import depth_condition, low_resolution, map_condition,
 from conditioning.text import SDXL, SDXL_2, ids_digest
 from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.cache import TextCache, module_hash
+from ldm_pipe.interop.lora.words import load_word
 from ldm_pipe.pretrained import LdmPipeError, save_tensors
 
 TOKENIZER = train_bpe(["red apple", "green apple", "smiling face"] * 3, 540, max_length=12)

@@ -279,8 +279,8 @@ def test_tensors_of_every_type_and_shape_are_read_back(tmp_path: Path) -> None:
 
 def test_unknown_types_and_cut_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_tensors(path, {"a": torch.zeros(4).to(torch.float8_e4m3fn)})
-    with pytest.raises(LdmPipeError, match="F8_E4M3"):
+    save_tensors(path, {"a": torch.zeros(4, dtype=torch.complex64)})
+    with pytest.raises(LdmPipeError, match="C64"):
         load_tensors(path)
     save_tensors(path, {"a": torch.zeros(100)})
     path.write_bytes(path.read_bytes()[:-1])

@@ -322,6 +322,6 @@ def test_every_row_of_the_page_of_models_names_a_test() -> None:
     tables = re.findall(r"(?:^\|.*\n)+", (tests.parent / "docs" / "models.md").read_text(), flags=re.MULTILINE)
     rows = [row for table in tables if "| ratio |" not in table for row in table.splitlines()[2:]]
     assert len(rows) > 50
-    named = [re.findall(r"(?:unit|parity|e2e)/test_\w+\.py", row) for row in rows]
+    named = [re.findall(r"(?:unit|parity|e2e|faults)/(?:\w+/)?test_\w+\.py", row) for row in rows]
     assert [row for row, found in zip(rows, named, strict=True) if not found and "the same" not in row] == []
     assert [name for found in named for name in found if not (tests / name).is_file()] == []
