@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 PROMPT ?= red apple
 SEED ?= 0
 OUT ?= out/
+BASE ?= HEAD~1
 # Any accelerate configuration: configs/accelerate/*.yaml, or your own from `accelerate config`.
 ACCELERATE_CONFIG ?= configs/accelerate/cpu.yaml
-export PROMPT SEED OUT ACCELERATE_CONFIG
+export PROMPT SEED OUT BASE ACCELERATE_CONFIG
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests and checks use the installed code only; a GPU or the hub never changes what they say.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -23,7 +24,7 @@ else
   INSTALL := uv pip install -q --python $(BIN)/python -c constraints.txt -e
 endif
 
-.PHONY: help demo test check format slow bench train-emoji clean
+.PHONY: help demo test check format slow bench same train-emoji clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +34,7 @@ help:
 	@echo 'make format             apply the format and the safe fixes of the linter'
 	@echo 'make slow               run the slow tests'
 	@echo 'make bench              compare speed and memory with diffusers'
+	@echo 'make same               ask for the pictures and losses of another commit, to the bit (BASE=HEAD~1)'
 	@echo 'make train-emoji        train the shipped model from scratch (ACCELERATE_CONFIG=...)'
 	@echo 'make clean              remove .venv and the caches'
 
@@ -84,6 +86,14 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/against_diffusers.py
+
+# Hashes are of one machine: both commits run here, and neither is kept.
+same: $(VENV)/.test
+	@rm -rf out/same && mkdir -p out/same
+	@git archive "$$BASE" | tar -x -C out/same
+	@cd out/same && ../../$(BIN)/python -m benchmarks.same --record ../same.json
+	@rm -rf out/same
+	@$(BIN)/python -m benchmarks.same --compare out/same.json
 
 train-emoji: $(VENV)/.test
 	$(BIN)/python scripts/train_clip.py --config configs/emoji/clip.yaml

@@ -86,9 +86,9 @@ def our_step(args: argparse.Namespace) -> Callable[[], float]:
     import torch
 
     from autoencoder import AutoencoderKL
-    from ldm_pipe.training.autoencoder import AutoencoderConfig, autoencoder_parts
-    from ldm_pipe.training.config import build_config
-    from ldm_pipe.training.loop import Trainer
+    from ldm_pipe.training.run.config import build_config
+    from ldm_pipe.training.run.loop import Trainer
+    from ldm_pipe.training.tasks.autoencoder import AutoencoderConfig, autoencoder_parts
 
     optim = {
         "learning_rate": LEARNING_RATE, "lr_scheduler": "constant", "lr_warmup_steps": 0, "adam_beta1": BETAS[0],

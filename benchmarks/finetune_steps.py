@@ -48,9 +48,9 @@ def random_inputs(side: int) -> tuple[Tensor, Tensor]:
 
 def our_step(args: argparse.Namespace) -> Step:
     """Set our run up."""
-    from ldm_pipe.training.config import DataConfig, OptimConfig
-    from ldm_pipe.training.finetune import FinetuneConfig
-    from ldm_pipe.training.finetune_run import load_model, make_trainer
+    from ldm_pipe.training.run.config import DataConfig, OptimConfig
+    from ldm_pipe.training.tasks.finetune.config import FinetuneConfig
+    from ldm_pipe.training.tasks.finetune.run import load_model, make_trainer
 
     folder = tempfile.mkdtemp()
     optim = OptimConfig(
@@ -70,13 +70,13 @@ def our_step(args: argparse.Namespace) -> Step:
 
 def our_large_trainer(args: argparse.Namespace, config: Any) -> Any:
     """Train the U-Net of Stable Diffusion 1.5 on random inputs."""
-    from ldm_pipe.interop.lora_layers import TrainableLora
+    from ldm_pipe.interop.lora.layers import TrainableLora
+    from ldm_pipe.networks import UNet
     from ldm_pipe.schedule import NoiseSchedule
-    from ldm_pipe.training.diffusion import DiffusionData
-    from ldm_pipe.training.finetune_data import Inputs, finetune_loss
-    from ldm_pipe.training.finetune_nets import FinetuneNet
-    from ldm_pipe.training.loop import Part, Trainer
-    from ldm_pipe.unet import UNet
+    from ldm_pipe.training.run.loop import Part, Trainer
+    from ldm_pipe.training.tasks.diffusion import DiffusionData
+    from ldm_pipe.training.tasks.finetune.data import Inputs, finetune_loss
+    from ldm_pipe.training.tasks.finetune.nets import FinetuneNet
 
     unet = UNet.from_config(SD15)
     unet.enable_gradient_checkpointing(config.gradient_checkpointing)

@@ -41,10 +41,10 @@ def write_model(root: Path) -> None:
 
     from autoencoder import AutoencoderKL
     from conditioning import CLIPTextEncoder
-    from ldm_pipe.interop.clip_vocabulary import clip_tokenizer, tokenizer_folder
-    from ldm_pipe.interop.families import FAMILIES
+    from ldm_pipe.interop.single.clip_vocabulary import clip_tokenizer, tokenizer_folder
+    from ldm_pipe.interop.single.families import FAMILIES
+    from ldm_pipe.networks import UNet
     from ldm_pipe.pretrained import atomic_write, save_tensors
-    from ldm_pipe.unet import UNet
 
     family = FAMILIES["sd1"]
     text = family.texts[0]

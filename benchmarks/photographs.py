@@ -33,10 +33,10 @@ from autoencoder import AutoencoderKL, Quantised, VQModel, VQTraining
 from ldm_pipe.data.images import make_grid, to_pil, to_tensor
 from ldm_pipe.metrics.images import psnr, ssim
 from ldm_pipe.pretrained import atomic_write
-from ldm_pipe.training.autoencoder import AutoencoderConfig, StepLog, autoencoder_parts, follow_codebook
-from ldm_pipe.training.config import build_config
-from ldm_pipe.training.crops import CropConfig, CropSource
-from ldm_pipe.training.loop import Trainer
+from ldm_pipe.training.run.config import build_config
+from ldm_pipe.training.run.loop import Trainer
+from ldm_pipe.training.tasks.autoencoder import AutoencoderConfig, StepLog, autoencoder_parts, follow_codebook
+from ldm_pipe.training.tasks.crops import CropConfig, CropSource
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 RESOLUTION, SQUARE, NUM_SHOWN = 32, 64, 16

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.measure import Row, interleave, machine, markdown, write_results
 from conditioning import CLIPTextEncoder, ClipTokenizer, encode_weighted
-from ldm_pipe.interop.folder import SHIPPED
-from ldm_pipe.unet import UNet
+from ldm_pipe.interop.folders.folder import SHIPPED
+from ldm_pipe.networks import UNet
 
 PROMPTS = ("a red apple on a table", "blurry, dark")
 Call = Callable[[], object]

@@ -3,7 +3,7 @@
     python benchmarks/sampler_error.py
 
 writes the table of docs/samplers.md (between its markers) and docs/images/sampler-error.png. The data are a mixture of
-three Gaussians, the denoiser is exact (ldm_pipe/mixture.py), the noise law and the spacing are EDM's, so all of the
+three Gaussians, the denoiser is exact (ldm_pipe/metrics/mixture.py), noise law and spacing are EDM's, so all of the
 error is the sampler's. Deterministic samplers: root mean square distance of where they take a point from where the
 exact flow takes it. Stochastic ones have no such point: Wasserstein-1 distance of their samples from the distribution,
 which even true samples have; that floor is measured too.
@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from ldm_pipe import samplers
 from ldm_pipe.denoiser import Denoised
-from ldm_pipe.figures import figure_png, subplots
-from ldm_pipe.laws import EDM
-from ldm_pipe.mixture import GaussianMixture
+from ldm_pipe.metrics.mixture import GaussianMixture
 from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import atomic_write
+from ldm_pipe.schedule.laws import EDM
+from ldm_pipe.training.run.figures import figure_png, subplots
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXTURE = GaussianMixture([[-1.2], [0.2], [1.3]], [0.25, 0.35, 0.15], [3, 4, 2])

@@ -39,12 +39,12 @@ def cached_inputs(model: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 def our_step(model: Path, batch: int, device: str, threads: int) -> Step:
     """Set our trainer up."""
+    from ldm_pipe.networks import UNet
     from ldm_pipe.pretrained import read_json
     from ldm_pipe.schedule import NoiseSchedule
-    from ldm_pipe.training.config import OptimConfig
-    from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, diffusion_loss
-    from ldm_pipe.training.loop import Part, Trainer
-    from ldm_pipe.unet import UNet
+    from ldm_pipe.training.run.config import OptimConfig
+    from ldm_pipe.training.run.loop import Part, Trainer
+    from ldm_pipe.training.tasks.diffusion import DiffusionConfig, DiffusionData, diffusion_loss
 
     optim = OptimConfig(
         learning_rate=LEARNING_RATE, lr_scheduler="constant", lr_warmup_steps=0, adam_beta1=BETAS[0],

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import Coefficient, edm_spread, expand, extras, to_x0
 from ldm_pipe.schedule import Law, Prediction
+from ldm_pipe.schedule.process import Coefficient, edm_spread, expand, extras, to_x0
 
 
 class ConditionLike(Protocol):

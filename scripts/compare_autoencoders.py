@@ -24,9 +24,9 @@ import torch
 from autoencoder import load_autoencoder
 from ldm_pipe.data.dataset import load_records
 from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
-from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import run_script
+from ldm_pipe.training.run.config import run_script
+from ldm_pipe.training.run.figures import figure_png, subplots
 from scripts.plot_training import read_curve, smoothed
 
 SET = "validation drawings"

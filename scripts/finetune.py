@@ -11,9 +11,9 @@ See docs/training.md.
 
 from __future__ import annotations
 
-from ldm_pipe.training.config import parse_config, run_script
-from ldm_pipe.training.finetune import FinetuneConfig, flat_flags
-from ldm_pipe.training.finetune_run import load_model, make_trainer
+from ldm_pipe.training.run.config import parse_config, run_script
+from ldm_pipe.training.tasks.finetune.config import FinetuneConfig, flat_flags
+from ldm_pipe.training.tasks.finetune.run import load_model, make_trainer
 
 
 def main(argv: list[str]) -> None:

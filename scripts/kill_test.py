@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from ldm_pipe.training import loop  # noqa: E402
-from ldm_pipe.training.checkpoint import find_checkpoint, step_of  # noqa: E402
+from ldm_pipe.training.run import loop  # noqa: E402
+from ldm_pipe.training.run.checkpoint import find_checkpoint, step_of  # noqa: E402
 from tests.training import NUM_ITEMS, make_config, make_trainer, saved_state  # noqa: E402
 
 STEPS, INTERVAL, BATCH = 33, 3, 4  # 12 epochs of 11 pictures in batches of 4

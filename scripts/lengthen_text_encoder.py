@@ -16,7 +16,7 @@ from pathlib import Path
 from conditioning import CLIPTextEncoder
 from conditioning.lengthen import lengthened
 from conditioning.text import tokenizer_of
-from ldm_pipe.training.config import run_script
+from ldm_pipe.training.run.config import run_script
 
 
 def main(argv: list[str]) -> None:

@@ -19,9 +19,9 @@ from conditioning.load import AnyTextEncoder
 from conditioning.text import T5
 from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.dataset import Records
-from ldm_pipe.training.config import DataConfig, StrictModel, parse_config, run_script
-from ldm_pipe.training.pictures import open_records
-from ldm_pipe.training.rng import key_seed
+from ldm_pipe.training.run.config import DataConfig, StrictModel, parse_config, run_script
+from ldm_pipe.training.run.rng import key_seed
+from ldm_pipe.training.tasks.pictures import open_records
 
 
 class TextEncoderConfig(StrictModel):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import atomic_write
+from ldm_pipe.training.run.figures import figure_png, subplots
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 PROMPTS = ("(red:{w}) apple", "(red:{w}) circle", "(red:{w}) square", "(red:{w}) green apple")

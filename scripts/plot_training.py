@@ -12,10 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm_pipe.figures import figure_png, subplots
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import run_script
-from ldm_pipe.training.summary import smoothed
+from ldm_pipe.training.run.config import run_script
+from ldm_pipe.training.run.figures import figure_png, subplots
+from ldm_pipe.training.run.summary import smoothed
 
 
 def read_curve(run: Path, tag: str) -> tuple[list[int], list[float]]:

@@ -31,7 +31,12 @@ from autoencoder.losses import Features
 from ldm_pipe.data.images import make_grid, to_pil
 from ldm_pipe.data.rows import DataReport
 from ldm_pipe.data.stream import StreamOrder
-from ldm_pipe.training.autoencoder import (
+from ldm_pipe.training.run.config import parse_config, run_script
+from ldm_pipe.training.run.environment import process_device
+from ldm_pipe.training.run.loop import Micro, Trainer
+from ldm_pipe.training.run.parts import Order
+from ldm_pipe.training.run.rng import generator
+from ldm_pipe.training.tasks.autoencoder import (
     AutoencoderConfig,
     Crops,
     Framed,
@@ -43,12 +48,8 @@ from ldm_pipe.training.autoencoder import (
     follow_logits,
     latent_statistics,
 )
-from ldm_pipe.training.config import parse_config, run_script
-from ldm_pipe.training.crops import CropSource
-from ldm_pipe.training.environment import process_device
-from ldm_pipe.training.loop import Micro, Trainer
-from ldm_pipe.training.parts import Order
-from ldm_pipe.training.pictures import (
+from ldm_pipe.training.tasks.crops import CropSource
+from ldm_pipe.training.tasks.pictures import (
     ImageBatches,
     PictureSource,
     StreamBatches,
@@ -57,8 +58,7 @@ from ldm_pipe.training.pictures import (
     plan_shapes,
     tell_left_out,
 )
-from ldm_pipe.training.preview import PictureBatches, make_preview
-from ldm_pipe.training.rng import generator
+from ldm_pipe.training.tasks.preview import PictureBatches, make_preview
 
 NUM_FIRST = 256
 
@@ -155,7 +155,7 @@ class Data:
     """What a run knows of its pictures.
 
     Args:
-        source: gives those of a step, see `ldm_pipe.training.autoencoder.take_pictures`.
+        source: gives those of a step, see `ldm_pipe.training.tasks.autoencoder.take_pictures`.
         pictures: all of them, or a stream's first.
         num: of `pictures`.
         order: makes the order of the run.

@@ -9,7 +9,7 @@ output folder, and the retrieval accuracy on the training drawings.
     python scripts/train_clip.py --output_dir runs/text --data.train_data_dir my_pictures --data.caption_column text
 
 A second phase (`--sketch_steps`, configs/emoji/sketch.yaml) teaches the text encoder to predict the latents of the
-drawing, see `ldm_pipe.training.sketch`; with `--init_from` it starts from a trained text encoder and writes no CLIP.
+drawing, see `ldm_pipe.training.tasks.sketch`; with `--init_from` it starts from a trained one and writes no CLIP.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from conditioning.tokenizer import train_bpe
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.data.colours import main_colour
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
-from ldm_pipe.training.config import DataConfig, StrictModel, dump_config, parse_config, run_script
-from ldm_pipe.training.pictures import open_records
-from ldm_pipe.training.rng import key_seed
-from ldm_pipe.training.sketch import SketchHead, SketchSettings, measure_sketch, train_sketch
+from ldm_pipe.training.run.config import DataConfig, StrictModel, dump_config, parse_config, run_script
+from ldm_pipe.training.run.rng import key_seed
+from ldm_pipe.training.tasks.pictures import open_records
+from ldm_pipe.training.tasks.sketch import SketchHead, SketchSettings, measure_sketch, train_sketch
 
 VARIANTS = ("is_skin_tone_variant", "is_gender_variant", "is_flag")
 

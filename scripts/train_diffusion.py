@@ -24,12 +24,16 @@ from ldm_pipe.data.cache import TextCache, caption_variants, module_hash
 from ldm_pipe.data.captions import mix_caption
 from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import make_grid
-from ldm_pipe.outputs import Defaults
-from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.drawing.output import Defaults
+from ldm_pipe.networks import UNet
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.training.beside import Beside
-from ldm_pipe.training.config import parse_config, run_script
-from ldm_pipe.training.diffusion import (
+from ldm_pipe.training.run.config import parse_config, run_script
+from ldm_pipe.training.run.environment import process_device
+from ldm_pipe.training.run.loop import Micro, Part, Trainer
+from ldm_pipe.training.run.rng import generator
+from ldm_pipe.training.tasks.beside import Beside
+from ldm_pipe.training.tasks.diffusion import (
     DiffusionConfig,
     DiffusionData,
     Texts,
@@ -37,12 +41,8 @@ from ldm_pipe.training.diffusion import (
     build_objective,
     diffusion_loss,
 )
-from ldm_pipe.training.environment import process_device
-from ldm_pipe.training.joint import JointNet, token_ids
-from ldm_pipe.training.loop import Micro, Part, Trainer
-from ldm_pipe.training.pictures import LatentBatches, ShapePlan, drawing_weights, open_records, plan_shapes
-from ldm_pipe.training.rng import generator
-from ldm_pipe.unet import UNet
+from ldm_pipe.training.tasks.joint import JointNet, token_ids
+from ldm_pipe.training.tasks.pictures import LatentBatches, ShapePlan, drawing_weights, open_records, plan_shapes
 
 
 def build_unet(config: DiffusionConfig, autoencoder: Autoencoder, token_width: int, beside: Beside) -> UNet:

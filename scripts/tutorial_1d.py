@@ -20,17 +20,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm_pipe import samplers, times
+from ldm_pipe import samplers
 from ldm_pipe.denoiser import Denoiser
-from ldm_pipe.figures import figure_png, subplots
-from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow
-from ldm_pipe.mixture import GaussianMixture
+from ldm_pipe.metrics.mixture import GaussianMixture
 from ldm_pipe.noise import Noise
-from ldm_pipe.objectives import Objective, losses
 from ldm_pipe.pretrained import atomic_write
-from ldm_pipe.process import posterior, q_sample, q_step
 from ldm_pipe.schedule import Law, NoiseSchedule
-from ldm_pipe.variational import vlb
+from ldm_pipe.schedule.laws import EDM, VE, ContinuousVP, Flow
+from ldm_pipe.schedule.process import posterior, q_sample, q_step
+from ldm_pipe.training.objectives import times
+from ldm_pipe.training.objectives.objective import Objective, losses
+from ldm_pipe.training.objectives.variational import vlb
+from ldm_pipe.training.run.figures import figure_png, subplots
 
 MIXTURE = GaussianMixture([[-4.0], [4.0]], [1.0, 1.0], [1.0, 2.0])
 # 24 levels, the last of which is pure noise; the network outputs the mean of x_{t-1} and its variance

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from autoencoder import AutoencoderKL, LogitAverages, PatchDiscriminator, VQModel, VQTraining
-from ldm_pipe.training.autoencoder import (
+from ldm_pipe.training.run.config import build_config
+from ldm_pipe.training.run.loop import Trainer
+from ldm_pipe.training.tasks.autoencoder import (
     AutoencoderConfig,
     Lecam,
     StepLog,
@@ -17,8 +19,6 @@ from ldm_pipe.training.autoencoder import (
     follow_codebook,
     follow_logits,
 )
-from ldm_pipe.training.config import build_config
-from ldm_pipe.training.loop import Trainer
 
 RESOLUTION = 16
 SHAPE = {

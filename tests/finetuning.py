@@ -9,11 +9,11 @@ from typing import Any
 from PIL import Image
 
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.training.config import build_config
-from ldm_pipe.training.finetune import FinetuneConfig
-from ldm_pipe.training.finetune_nets import Trained
-from ldm_pipe.training.finetune_run import load_model, make_trainer
-from ldm_pipe.training.loop import Trainer
+from ldm_pipe.training.run.config import build_config
+from ldm_pipe.training.run.loop import Trainer
+from ldm_pipe.training.tasks.finetune.config import FinetuneConfig
+from ldm_pipe.training.tasks.finetune.nets import Trained
+from ldm_pipe.training.tasks.finetune.run import load_model, make_trainer
 from tests.source import ROOT
 
 TINY = ROOT / "tests" / "data" / "tiny_pipeline"

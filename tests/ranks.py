@@ -59,10 +59,10 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 def _trainer(folder: Path, changes: dict[str, Any], rank: int) -> Any:
     """Make the tiny trainer; `rank` above 0 trains a LoRA of that rank on a frozen U-Net."""
-    from ldm_pipe.interop.lora_layers import TrainableLora
-    from ldm_pipe.training.diffusion import diffusion_loss
-    from ldm_pipe.training.loop import Part, Trainer
-    from ldm_pipe.training.rng import generator
+    from ldm_pipe.interop.lora.layers import TrainableLora
+    from ldm_pipe.training.run.loop import Part, Trainer
+    from ldm_pipe.training.run.rng import generator
+    from ldm_pipe.training.tasks.diffusion import diffusion_loss
     from tests.training import Both, make_config, make_data, make_trainer, make_unet
 
     config = make_config(folder, **changes)
@@ -103,7 +103,7 @@ def train_with_nan(folder: Path, changes: dict[str, Any], at: int) -> None:
 
 def finetune(folder: Path, changes: dict[str, Any]) -> None:
     """Fine-tune the tiny pipeline to the end as `scripts/finetune.py` does; `folder` holds `pictures`."""
-    from ldm_pipe.training.finetune_run import load_model, make_trainer
+    from ldm_pipe.training.tasks.finetune.run import load_model, make_trainer
     from tests.finetuning import make_config
 
     config = make_config(folder, **changes)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from autoencoder import AutoencoderKL
 from conditioning import CLIPTextEncoder
 from conditioning.tokenizer import ClipTokenizer
-from ldm_pipe.interop.families import FAMILIES, Family
-from ldm_pipe.unet import UNet
+from ldm_pipe.interop.single.families import FAMILIES, Family
+from ldm_pipe.networks import UNet
 
 _SMALL = {"block_out_channels": [32, 64], "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
 _UNET: dict[str, Any] = {

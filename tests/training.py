@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_pipe.training.checkpoint import load_checkpoint
-from ldm_pipe.training.config import build_config
-from ldm_pipe.training.diffusion import DiffusionConfig, DiffusionData, build_importance, diffusion_loss
-from ldm_pipe.training.loop import Logs, Micro, Part, Trainer
-from ldm_pipe.training.rng import generator
-from ldm_pipe.unet import UNet
+from ldm_pipe.networks import UNet
+from ldm_pipe.training.run.checkpoint import load_checkpoint
+from ldm_pipe.training.run.config import build_config
+from ldm_pipe.training.run.loop import Logs, Micro, Part, Trainer
+from ldm_pipe.training.run.rng import generator
+from ldm_pipe.training.tasks.diffusion import DiffusionConfig, DiffusionData, build_importance, diffusion_loss
 
 NUM_ITEMS = 11
 UNET = {

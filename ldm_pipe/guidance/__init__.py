@@ -1,4 +1,7 @@
-"""Guidance: ways to steer a denoiser towards its condition. Each returns a `Denoise`; samplers never hear of it."""
+"""Ways to steer a denoiser and to keep its x0 in range. Each takes a `Denoise` and returns one.
+
+It may import `schedule` and `denoiser`. It does not know samplers, which never hear of guidance, or pipelines.
+"""
 
 from ldm_pipe.guidance.classifier import classifier_mean, classifier_score
 from ldm_pipe.guidance.classifier_free import cfg

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise, Denoised
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import Variance, posterior
 from ldm_pipe.schedule import Law, Steps
+from ldm_pipe.schedule.process import Variance, posterior
 
 Classifier = Callable[[Tensor, Tensor], Tensor]  # (x_t, network time (B,)) -> logits (B, K)
 

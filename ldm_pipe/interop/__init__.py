@@ -1,1 +1,4 @@
-"""Files of others: diffusers folders in and out. Pure key and config maps, and the check of an export."""
+"""Files of others: folders of diffusers, single files, pickles and LoRAs, in and out.
+
+It may import the parts of a model. It does not know pipelines, training or the command line.
+"""

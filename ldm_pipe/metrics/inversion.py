@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm_pipe.data.images import to_tensor
 from ldm_pipe.metrics.images import psnr
-from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 
 
 @dataclass(frozen=True)

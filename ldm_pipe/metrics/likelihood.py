@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from ldm_pipe import drawing, guidance
+from ldm_pipe import guidance
 from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import resize, to_tensor
 from ldm_pipe.denoiser import Denoiser
-from ldm_pipe.laws import EDM
+from ldm_pipe.drawing import walk as drawing
 from ldm_pipe.noise import Noise
-from ldm_pipe.pipeline import LatentDiffusionPipeline
-from ldm_pipe.process import Variance
-from ldm_pipe.variational import Bound, Decoder, bits_per_dim
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
+from ldm_pipe.schedule.laws import EDM
+from ldm_pipe.schedule.process import Variance
+from ldm_pipe.training.objectives.variational import Bound, Decoder, bits_per_dim
 
 
 def default_num_steps(pipe: LatentDiffusionPipeline) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 
 WHITE = 0.9  # the autoencoder gives plain white back to about 0.03
 

@@ -1,4 +1,7 @@
-"""Pipelines beside LatentDiffusionPipeline, each in one file, and `load_pipeline`, which finds the one that fits."""
+"""What users call: one class per way from input to picture, and `load_pipeline`, which finds the one that fits.
+
+It may import everything below: `drawing` and `interop`. It does not know training or the command line.
+"""
 
 from __future__ import annotations
 

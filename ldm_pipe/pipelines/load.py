@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ldm_pipe.interop.folder import find_folder
-from ldm_pipe.pipeline import LatentDiffusionPipeline
-from ldm_pipe.pipelines import files, pixel, super_resolution, unclip, unconditional, upscale
+from ldm_pipe.interop.folders import other
+from ldm_pipe.interop.folders.folder import find_folder
+from ldm_pipe.pipelines import pixel, super_resolution, unclip, unconditional, upscale
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
 
 AnyPipeline: TypeAlias = (
@@ -49,7 +50,7 @@ def load_pipeline(name: str | Path | None = None, **options: Any) -> AnyPipeline
     source = {key: options.pop(key) for key in ("local_files_only", "revision") if key in options}
     pickles = options.get("use_safetensors") is False
     root = find_folder(name, variant=options.get("variant"), pickles=pickles, **source)
-    found = files.class_of(root)
+    found = other.class_of(root)
     for names, kind in KINDS:
         if found in names:
             return kind.from_pretrained(root, **options)

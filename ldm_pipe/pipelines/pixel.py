@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 from conditioning import AnyTextEncoder
-from ldm_pipe import drawing
-from ldm_pipe.adapters import Adapters
-from ldm_pipe.call import Call
-from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput
-from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import draw_pictures, first_noise
-from ldm_pipe.pipelines.checks import check_call, check_texts
-from ldm_pipe.pipelines.from_picture import begin_from, fit_start
-from ldm_pipe.pipelines.pixel_space import PixelSpace
-from ldm_pipe.placement import Placement
+from ldm_pipe.drawing import walk as drawing
+from ldm_pipe.drawing.draw import draw_pictures, first_noise
+from ldm_pipe.drawing.output import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput
+from ldm_pipe.drawing.pixel_space import PixelSpace
+from ldm_pipe.drawing.placement import Placement
+from ldm_pipe.drawing.request.checks import check_call, check_texts
+from ldm_pipe.drawing.request.pictures import check_pictures
+from ldm_pipe.drawing.request.request import Request
+from ldm_pipe.drawing.request.shared import check_size, or_default
+from ldm_pipe.drawing.start import begin_from, fit_start
+from ldm_pipe.interop.folders import other
+from ldm_pipe.networks import UNet
+from ldm_pipe.pipelines.adapters import Adapters
+from ldm_pipe.pipelines.base import Call
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.request import Request
-from ldm_pipe.request_pictures import check_pictures
-from ldm_pipe.request_shared import check_size, or_default
 from ldm_pipe.schedule import Law
-from ldm_pipe.unet import UNet
 
 CLASS = "IFPipeline"
 CLASSES = (CLASS, "IFImg2ImgPipeline", "IFInpaintingPipeline")  # three calls of the same parts
@@ -85,7 +85,7 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
                 `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        found = files.load(pretrained_model_name_or_path, CLASSES, **options)
+        found = other.load(pretrained_model_name_or_path, CLASSES, **options)
         return cls(found.unet, found.text_encoders, found.schedule, defaults=found.defaults, name=found.name)
 
     def save_pretrained(
@@ -95,10 +95,10 @@ class PixelDiffusionPipeline(Placement, Adapters, Call):
         parts = {"unet": self.unet, "text_encoder": next(iter(self.text_encoders), None)}
         learned = self.unet.spec.out_channels == 6
         rule, sampler = self.defaults.thresholding, self.defaults.sampler or "ddpm"
-        laws = {"scheduler": files.scheduler_file(self.schedule, sampler, rule, learned=learned)}
+        laws = {"scheduler": other.scheduler_file(self.schedule, sampler, rule, learned=learned)}
         own = {"name": self.name, "defaults": self.defaults.to_json()}
-        index = files.index_of(CLASS, parts, laws)
-        files.write(save_directory, index, parts, laws, own, dtype=dtype, variant=variant)
+        index = other.index_of(CLASS, parts, laws)
+        other.write(save_directory, index, parts, laws, own, dtype=dtype, variant=variant)
 
     @torch.no_grad()
     def __call__(

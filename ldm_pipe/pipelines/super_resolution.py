@@ -16,21 +16,21 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import Condition
-from ldm_pipe import drawing
-from ldm_pipe.call import Call
-from ldm_pipe.outputs import Defaults, IntDefault, LatentDiffusionOutput
-from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import draw_pictures, first_noise
-from ldm_pipe.pipelines.checks import check_call, check_labels, check_small, fit_small, no_texts
-from ldm_pipe.pipelines.pixel_space import PixelSpace
+from ldm_pipe.drawing import walk as drawing
+from ldm_pipe.drawing.draw import draw_pictures, first_noise
+from ldm_pipe.drawing.output import Defaults, IntDefault, LatentDiffusionOutput
+from ldm_pipe.drawing.pixel_space import PixelSpace
+from ldm_pipe.drawing.placement import Placement
+from ldm_pipe.drawing.request.checks import check_call, check_labels, check_small, fit_small, no_texts
+from ldm_pipe.interop.folders import other
+from ldm_pipe.networks import UNet
+from ldm_pipe.pipelines.base import Call
 from ldm_pipe.pipelines.upscale import with_scale
-from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import Law
-from ldm_pipe.unet import UNet
 
 CLASS = "LDMSuperResolutionPipeline"
-CLASSES = (CLASS, files.OWN_SUPER_RESOLUTION)
+CLASSES = (CLASS, other.OWN_SUPER_RESOLUTION)
 
 
 class SuperResolutionPipeline(Placement, Call):
@@ -87,7 +87,7 @@ class SuperResolutionPipeline(Placement, Call):
                 `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        found = files.load(pretrained_model_name_or_path, CLASSES, **options)
+        found = other.load(pretrained_model_name_or_path, CLASSES, **options)
         autoencoder = None if found.autoencoder is None else with_scale(found.autoencoder, 1.0)
         return cls(found.unet, autoencoder, found.schedule, defaults=found.defaults, name=found.name)
 
@@ -103,11 +103,11 @@ class SuperResolutionPipeline(Placement, Call):
             raise LdmPipeError(what, str(save_directory), "diffusers' pipeline scales no latents: train with 1.")
         parts = {"unet": self.unet, **({} if self.in_pixels else {"vqvae": self.autoencoder})}
         sampler, learned = self.defaults.sampler or "ddim", self.unet.spec.out_channels == 6
-        law = files.scheduler_file(self.schedule, sampler, self.defaults.thresholding, learned=learned)
+        law = other.scheduler_file(self.schedule, sampler, self.defaults.thresholding, learned=learned)
         own = {"name": self.name, "defaults": self.defaults.to_json()}
         plain = not self.in_pixels and self.num_classes == 0
-        index = files.index_of(CLASS if plain else files.OWN_SUPER_RESOLUTION, parts, {"scheduler": law})
-        files.write(save_directory, index, parts, {"scheduler": law}, own, dtype=dtype, variant=variant)
+        index = other.index_of(CLASS if plain else other.OWN_SUPER_RESOLUTION, parts, {"scheduler": law})
+        other.write(save_directory, index, parts, {"scheduler": law}, own, dtype=dtype, variant=variant)
 
     @torch.no_grad()
     def __call__(

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from conditioning import CLIPImageEncoder, Condition
-from ldm_pipe import drawing
-from ldm_pipe.outputs import MAX_PICTURES, LatentDiffusionOutput, real_number, whole_number
-from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.checks import Texts, check_texts, no_texts
-from ldm_pipe.pipelines.unclip_parts import UnCLIPParts, check_preprocessor, load_parts, refuse, write_parts
+from ldm_pipe.drawing import walk as drawing
+from ldm_pipe.drawing.output import MAX_PICTURES, LatentDiffusionOutput, real_number, whole_number
+from ldm_pipe.drawing.pixels import load_images
+from ldm_pipe.drawing.placement import Placement
+from ldm_pipe.drawing.request.checks import Texts, check_texts, no_texts
+from ldm_pipe.drawing.request.request import Request
+from ldm_pipe.drawing.request.shared import check_floats, repeat_rows
+from ldm_pipe.interop.folders import other
+from ldm_pipe.interop.folders.unclip import UnCLIPParts, check_preprocessor, load_parts, refuse, write_parts
+from ldm_pipe.networks.prior import PriorTransformer
 from ldm_pipe.pipelines.unclip_stages import Cascade, Stage, encode, inner, paint, settle
-from ldm_pipe.pixels import load_images
-from ldm_pipe.placement import Placement
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.request import Request
-from ldm_pipe.request_shared import check_floats, repeat_rows
 from ldm_pipe.schedule import Law
-from ldm_pipe.unet.prior import PriorTransformer
 
 TEXT, IMAGE = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
 
@@ -67,10 +67,10 @@ class UnCLIPPipeline(Cascade, Placement):
                 `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        with files.opened(pretrained_model_name_or_path, (TEXT,), **options) as (root, _, named, common):
-            prior = files.load_part(root / "prior", PriorTransformer, common)
-            law = files.read_law(root / "prior_scheduler")
-            return cls(load_parts(root, common), prior, law, name=files.name_of(root, named))
+        with other.opened(pretrained_model_name_or_path, (TEXT,), **options) as (root, _, named, common):
+            prior = other.load_part(root / "prior", PriorTransformer, common)
+            law = other.read_law(root / "prior_scheduler")
+            return cls(load_parts(root, common), prior, law, name=other.name_of(root, named))
 
     def save_pretrained(
         self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None, variant: str | None = None
@@ -189,10 +189,10 @@ class UnCLIPImageVariationPipeline(Cascade, Placement):
             options: as of `UnCLIPPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        with files.opened(pretrained_model_name_or_path, (IMAGE,), **options) as (root, _, named, common):
-            encoder = files.load_part(root / "image_encoder", CLIPImageEncoder, common)
+        with other.opened(pretrained_model_name_or_path, (IMAGE,), **options) as (root, _, named, common):
+            encoder = other.load_part(root / "image_encoder", CLIPImageEncoder, common)
             check_preprocessor(root, encoder)
-            return cls(load_parts(root, common), encoder, name=files.name_of(root, named))
+            return cls(load_parts(root, common), encoder, name=other.name_of(root, named))
 
     def save_pretrained(
         self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None, variant: str | None = None
@@ -209,7 +209,7 @@ class UnCLIPImageVariationPipeline(Cascade, Placement):
     def encode_image(self, image: Any) -> Tensor:
         """Return the CLIP embeddings of pictures, (B, P), for `image_embeddings`.
 
-        Between two of them `ldm_pipe.editing.slerp` finds the way (arXiv:2204.06125, section 3.2).
+        Between two of them `ldm_pipe.drawing.editing.slerp` finds the way (arXiv:2204.06125, section 3.2).
         """
         with self.on_device(self.image_encoder):
             pooled = self.image_encoder.encode((load_images(image) * 2 - 1).to(self.device)).pooled

@@ -19,20 +19,21 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import Condition
-from ldm_pipe import drawing, schedule_config
-from ldm_pipe.call import Call
+from ldm_pipe.drawing import walk as drawing
+from ldm_pipe.drawing.draw import draw_pictures, with_wrapped
+from ldm_pipe.drawing.output import Defaults, LatentDiffusionOutput, real_number, whole_number
+from ldm_pipe.drawing.pixel_space import PixelSpace
+from ldm_pipe.drawing.placement import Placement
+from ldm_pipe.drawing.request.checks import Texts, check_call
+from ldm_pipe.drawing.request.request import Request
+from ldm_pipe.drawing.request.shared import check_floats
+from ldm_pipe.interop.folders.unclip import UnCLIPParts
+from ldm_pipe.networks import UNet
 from ldm_pipe.noise import Draw
-from ldm_pipe.outputs import Defaults, LatentDiffusionOutput, real_number, whole_number
-from ldm_pipe.pipelines.calls import draw_pictures, with_wrapped
-from ldm_pipe.pipelines.checks import Texts, check_call
-from ldm_pipe.pipelines.pixel_space import PixelSpace
-from ldm_pipe.pipelines.unclip_parts import UnCLIPParts
-from ldm_pipe.placement import Placement
-from ldm_pipe.request import Request
-from ldm_pipe.request_shared import check_floats
+from ldm_pipe.pipelines.base import Call
 from ldm_pipe.schedule import Law
-from ldm_pipe.steps import Steps
-from ldm_pipe.unet import UNet
+from ldm_pipe.schedule import read as schedule_config
+from ldm_pipe.schedule.steps import Steps
 
 _NOT_ASKED: dict[str, Any] = {
     "eta": 0.0, "sampler": None, "spacing": None, "sampler_options": None, "thresholding": None, "latents": None,

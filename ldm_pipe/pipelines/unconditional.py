@@ -19,22 +19,23 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import Condition
-from ldm_pipe import drawing, guidance
-from ldm_pipe.call import Call
+from ldm_pipe import guidance
+from ldm_pipe.drawing import walk as drawing
+from ldm_pipe.drawing.draw import Wrap, draw_pictures, first_noise, with_wrapped
+from ldm_pipe.drawing.output import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, real_number
+from ldm_pipe.drawing.pixel_space import PixelSpace
+from ldm_pipe.drawing.placement import Placement
+from ldm_pipe.drawing.request.checks import check_call, check_labels, check_scale, no_texts
+from ldm_pipe.drawing.request.request import Request
+from ldm_pipe.drawing.request.shared import check_size
 from ldm_pipe.guidance.classifier import Classifier
-from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, real_number
-from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import Wrap, draw_pictures, first_noise, with_wrapped
-from ldm_pipe.pipelines.checks import check_call, check_labels, check_scale, no_texts
-from ldm_pipe.pipelines.pixel_space import PixelSpace
-from ldm_pipe.placement import Placement
+from ldm_pipe.interop.folders import other
+from ldm_pipe.networks import UNet
+from ldm_pipe.pipelines.base import Call
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.request import Request
-from ldm_pipe.request_shared import check_size
 from ldm_pipe.schedule import Law
-from ldm_pipe.unet import UNet
 
-CLASSES = ("DDPMPipeline", "DDIMPipeline", "LDMPipeline", files.OWN_UNCONDITIONAL)
+CLASSES = ("DDPMPipeline", "DDIMPipeline", "LDMPipeline", other.OWN_UNCONDITIONAL)
 NUM_STEPS = {"DDPMPipeline": 1000}  # what diffusers' pipelines take; the others 50
 
 
@@ -87,7 +88,7 @@ class UnconditionalPipeline(Placement, Call):
                 `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        found = files.load(pretrained_model_name_or_path, CLASSES, **options)
+        found = other.load(pretrained_model_name_or_path, CLASSES, **options)
         defaults = found.defaults
         if defaults.num_inference_steps is None:
             defaults = replace(defaults, num_inference_steps=NUM_STEPS.get(found.index["_class_name"]))
@@ -110,12 +111,12 @@ class UnconditionalPipeline(Placement, Call):
             )
             sampler = "ddim"
         learned = self.unet.spec.out_channels != self.unet.spec.in_channels
-        config = files.scheduler_file(self.schedule, sampler, self.defaults.thresholding, learned=learned)
+        config = other.scheduler_file(self.schedule, sampler, self.defaults.thresholding, learned=learned)
         theirs = "LDMPipeline" if latent else "DDPMPipeline" if sampler == "ddpm" else "DDIMPipeline"
         plain = self.num_classes == 0 and self.unet.config.get("_class_name") == "UNet2DModel"
-        index = files.index_of(theirs if plain else files.OWN_UNCONDITIONAL, parts, {"scheduler": config})
+        index = other.index_of(theirs if plain else other.OWN_UNCONDITIONAL, parts, {"scheduler": config})
         own = {"name": self.name, "null_label": self.null_label, "defaults": self.defaults.to_json()}
-        files.write(save_directory, index, parts, {"scheduler": config}, own, dtype=dtype, variant=variant)
+        other.write(save_directory, index, parts, {"scheduler": config}, own, dtype=dtype, variant=variant)
 
     @torch.no_grad()
     def __call__(

@@ -19,24 +19,24 @@ from torch import Tensor
 
 from autoencoder import Autoencoder
 from conditioning import AnyTextEncoder, Condition
-from ldm_pipe import drawing
-from ldm_pipe.adapters import Adapters
-from ldm_pipe.call import Call
+from ldm_pipe.drawing import walk as drawing
+from ldm_pipe.drawing.draw import draw_pictures, first_noise
+from ldm_pipe.drawing.output import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, whole_number
+from ldm_pipe.drawing.pixel_space import PixelSpace
+from ldm_pipe.drawing.placement import Placement
+from ldm_pipe.drawing.request.checks import check_call, check_small, check_texts, fit_small
+from ldm_pipe.drawing.request.pictures import check_pictures
+from ldm_pipe.drawing.request.request import Request
+from ldm_pipe.drawing.request.shared import or_default
+from ldm_pipe.drawing.start import begin_from, fit_start
+from ldm_pipe.interop.folders import other
+from ldm_pipe.networks import UNet
 from ldm_pipe.noise import Draw
-from ldm_pipe.outputs import Defaults, FloatDefault, IntDefault, LatentDiffusionOutput, whole_number
-from ldm_pipe.pipelines import files
-from ldm_pipe.pipelines.calls import draw_pictures, first_noise
-from ldm_pipe.pipelines.checks import check_call, check_small, check_texts, fit_small
-from ldm_pipe.pipelines.from_picture import begin_from, fit_start
-from ldm_pipe.pipelines.pixel_space import PixelSpace
-from ldm_pipe.placement import Placement
+from ldm_pipe.pipelines.adapters import Adapters
+from ldm_pipe.pipelines.base import Call
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import q_sample
-from ldm_pipe.request import Request
-from ldm_pipe.request_pictures import check_pictures
-from ldm_pipe.request_shared import or_default
 from ldm_pipe.schedule import Law, NoiseSchedule
-from ldm_pipe.unet import UNet
+from ldm_pipe.schedule.process import q_sample
 
 LATENT, PIXEL = "StableDiffusionUpscalePipeline", "IFSuperResolutionPipeline"
 SCALING_FACTOR = 0.08333  # diffusers' pipeline sets it, whatever the autoencoder's folder says
@@ -105,7 +105,7 @@ class UpscalePipeline(Placement, Adapters, Call):
                 `LatentDiffusionPipeline.from_pretrained`.
         Raises: LdmPipeError naming file and cause.
         """
-        found = files.load(pretrained_model_name_or_path, CLASSES, **options)
+        found = other.load(pretrained_model_name_or_path, CLASSES, **options)
         if not isinstance(found.noising, NoiseSchedule):
             raise LdmPipeError("the law of the small picture's noise is not discrete", found.name)
         vae = found.autoencoder
@@ -141,16 +141,16 @@ class UpscalePipeline(Placement, Adapters, Call):
         sampler = self.defaults.sampler or "ddim"
         learned = self.unet.spec.out_channels == 2 * self.autoencoder.latent_channels
         laws = {
-            "scheduler": files.scheduler_file(self.schedule, sampler, self.defaults.thresholding, learned=learned),
-            NOISINGS[kind]: files.scheduler_file(self.noising, "ddpm", None),
+            "scheduler": other.scheduler_file(self.schedule, sampler, self.defaults.thresholding, learned=learned),
+            NOISINGS[kind]: other.scheduler_file(self.noising, "ddpm", None),
         }
         vae = {} if self.in_pixels else {"vae": self.autoencoder}
         parts = {"unet": self.unet, **vae, "text_encoder": next(iter(self.text_encoders), None)}
-        index = files.index_of(kind, parts, laws)
+        index = other.index_of(kind, parts, laws)
         if not self.in_pixels:
             index["max_noise_level"] = self.max_noise_level
         own = {"name": self.name, "defaults": self.defaults.to_json()}
-        files.write(save_directory, index, parts, laws, own, dtype=dtype, variant=variant)
+        other.write(save_directory, index, parts, laws, own, dtype=dtype, variant=variant)
 
     @torch.no_grad()
     def __call__(

@@ -9,9 +9,9 @@ from torch import Tensor
 from ldm_pipe.denoiser import Denoise
 from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import Variance, posterior
 from ldm_pipe.samplers.common import Callback, fresh, refuse_eta, report
 from ldm_pipe.schedule import Steps
+from ldm_pipe.schedule.process import Variance, posterior
 
 
 def ddpm(

@@ -9,10 +9,10 @@ from torch import Tensor
 from ldm_pipe.denoiser import Denoise
 from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import eps_from_x0
 from ldm_pipe.samplers.common import Callback, flow_step, half_log_snr, refuse_eta, report
 from ldm_pipe.samplers.quadrature import quadrature
 from ldm_pipe.schedule import Steps
+from ldm_pipe.schedule.process import eps_from_x0
 
 
 def deis(

@@ -19,9 +19,9 @@ from torch import Tensor
 from ldm_pipe.denoiser import Denoise, Denoised
 from ldm_pipe.noise import Draw, Noise
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import Extras, eps_from_x0, from_x0_eps
 from ldm_pipe.samplers.common import Callback, refuse_eta, report
 from ldm_pipe.schedule import Law, Prediction, Steps
+from ldm_pipe.schedule.process import Extras, eps_from_x0, from_x0_eps
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import eps_from_x0
 from ldm_pipe.samplers.common import Callback, report
 from ldm_pipe.schedule import Steps
+from ldm_pipe.schedule.process import eps_from_x0
 
 
 def ddim_inversion(

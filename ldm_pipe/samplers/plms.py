@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise
 from ldm_pipe.noise import Draw
-from ldm_pipe.process import eps_from_x0
 from ldm_pipe.samplers.common import Callback, flow_step, refuse_eta, report
 from ldm_pipe.schedule import Steps
+from ldm_pipe.schedule.process import eps_from_x0
 
 # Adams-Bashforth for equal steps, newest estimate first; used with as many as there are
 ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

@@ -15,7 +15,7 @@ from autoencoder import AutoencoderKL
 from conditioning import CLIPTextEncoder
 from conditioning.tokenizer import train_bpe
 from ldm_pipe import LatentDiffusionPipeline, NoiseSchedule, UNet
-from ldm_pipe.outputs import Defaults
+from ldm_pipe.drawing.output import Defaults
 
 CAPTIONS = ["red apple", "green apple", "grinning face", "a racing car", "octopus in the sea", "a worm in an apple"] * 4
 

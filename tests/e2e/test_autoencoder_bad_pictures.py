@@ -19,8 +19,8 @@ pytest.importorskip("accelerate")
 from autoencoder import AutoencoderKL
 from ldm_pipe.data.images import to_tensor
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.training.config import DataConfig, build_config
-from ldm_pipe.training.pictures import PictureSource, open_records
+from ldm_pipe.training.run.config import DataConfig, build_config
+from ldm_pipe.training.tasks.pictures import PictureSource, open_records
 from scripts import train_autoencoder
 
 SIZE = 32

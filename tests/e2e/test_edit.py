@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from ldm_pipe.cli import main
-from ldm_pipe.png_info import read_png_info
+from ldm_pipe.drawing.png_info import read_png_info
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_pipeline")
 QUICK = ["--model", TINY, "--quiet", "--num-inference-steps", "2"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_pipe.interop.lora import networks_of, save_lora
-from ldm_pipe.interop.lora_layers import TrainableLora
-from ldm_pipe.pipeline import LatentDiffusionPipeline
+from ldm_pipe.interop.lora.file import networks_of, save_lora
+from ldm_pipe.interop.lora.layers import TrainableLora
+from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
 from tests.source import ROOT
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm_pipe.cli import main
-from ldm_pipe.interop.export import export_diffusers
+from ldm_pipe.pipelines.export import export_diffusers
 
 pytest.importorskip("diffusers", reason="the reference")
 

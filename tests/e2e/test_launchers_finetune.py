@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("accelerate")
 
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.training.finetune_nets import LORA_FILE
+from ldm_pipe.training.tasks.finetune.nets import LORA_FILE
 from tests.e2e.test_training_scripts import TWO_RANKS, script
 from tests.finetuning import TINY, make_pictures
 from tests.ranks import assert_near

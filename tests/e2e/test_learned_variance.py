@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.interop.export import check_representable
+from ldm_pipe.networks import UNet
+from ldm_pipe.pipelines.export import check_representable
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.training.checkpoint import load_checkpoint
-from ldm_pipe.unet import UNet
+from ldm_pipe.training.run.checkpoint import load_checkpoint
 from tests.source import ROOT
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("skimage", reason="scikit-image brings the photographs")
 pytest.importorskip("accelerate")
 
 from benchmarks.photographs import Kind, make_trainer, quality, rebuild, split
-from ldm_pipe.training.crops import random_crop
-from ldm_pipe.training.loop import Micro
+from ldm_pipe.training.run.loop import Micro
+from ldm_pipe.training.tasks.crops import random_crop
 
 
 @pytest.mark.slow

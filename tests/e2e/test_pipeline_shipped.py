@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.interop.folder import SHIPPED
+from ldm_pipe.interop.folders.folder import SHIPPED
 
 pytestmark = pytest.mark.skipif(not (SHIPPED / "model_index.json").is_file(), reason="no model is shipped yet")
 

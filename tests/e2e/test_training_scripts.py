@@ -23,8 +23,8 @@ from conditioning import CLIPTextEncoder
 from conditioning.contrastive import ImageTower
 from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.training.checkpoint import find_checkpoint, load_checkpoint
-from ldm_pipe.training.config import build_config, dump_config, read_yaml
+from ldm_pipe.training.run.checkpoint import find_checkpoint, load_checkpoint
+from ldm_pipe.training.run.config import build_config, dump_config, read_yaml
 from tests.source import ROOT
 from tests.training import assert_same_bits, saved_state
 

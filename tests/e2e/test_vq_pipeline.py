@@ -12,8 +12,8 @@ from autoencoder import VQModel
 from conditioning import CLIPTextEncoder
 from conditioning.tokenizer import train_bpe
 from ldm_pipe import LatentDiffusionPipeline, NoiseSchedule, UNet
-from ldm_pipe.interop.export import export_diffusers
-from ldm_pipe.outputs import Defaults
+from ldm_pipe.drawing.output import Defaults
+from ldm_pipe.pipelines.export import export_diffusers
 from ldm_pipe.pretrained import LdmPipeError
 
 CAPTIONS = ["red apple", "green apple", "grinning face", "a racing car"] * 4

@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("accelerate")
 
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.interop.lora import networks_of
-from ldm_pipe.interop.lora_layers import TrainableLora
-from ldm_pipe.training.finetune_nets import LORA_FILE, WORD_FILE
+from ldm_pipe.interop.lora.file import networks_of
+from ldm_pipe.interop.lora.layers import TrainableLora
+from ldm_pipe.training.tasks.finetune.nets import LORA_FILE, WORD_FILE
 from tests.finetuning import TINY, start
 
 diffusers = pytest.importorskip("diffusers")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.denoiser import Denoised, Denoiser
-from ldm_pipe.laws import EDM, Flow
 from ldm_pipe.noise import Noise
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler, sampler_of
 from ldm_pipe.schedule import NoiseSchedule, Steps
+from ldm_pipe.schedule.laws import EDM, Flow
 from tests.parity.test_samplers_diffusers import TOLERANCE, difference, net, start
 
 diffusers = pytest.importorskip("diffusers")

@@ -16,13 +16,13 @@ from torch import nn
 
 from conditioning import CLIPTextEncoder
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.interop.export import _listening as listening
-from ldm_pipe.interop.families import FAMILIES
-from ldm_pipe.interop.lora import Layers, LoraLayer, networks_of, read_lora, save_lora
-from ldm_pipe.interop.lora_forms import changed
-from ldm_pipe.interop.textual_inversion import save_word
+from ldm_pipe.interop.lora.file import Layers, LoraLayer, networks_of, read_lora, save_lora
+from ldm_pipe.interop.lora.forms import changed
+from ldm_pipe.interop.lora.words import save_word
+from ldm_pipe.interop.single.families import FAMILIES
+from ldm_pipe.networks import UNet
+from ldm_pipe.pipelines.export import _listening as listening
 from ldm_pipe.pretrained import load_tensors, save_tensors
-from ldm_pipe.unet import UNet
 from tests.single_files import make_folder
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from conditioning import CLIPTextEncoder
-from ldm_pipe.interop.clip_names import from_open_clip, to_open_clip
-from ldm_pipe.interop.families import FAMILIES
-from ldm_pipe.interop.single_file import export_single_file, import_single_file
+from ldm_pipe.interop.single.clip_names import from_open_clip, to_open_clip
+from ldm_pipe.interop.single.families import FAMILIES
+from ldm_pipe.interop.single.file import export_single_file, import_single_file
 from tests.single_files import make_folder, random_weights
 
 PIPELINES = {"sd1": 4, "sd2": 4, "sdxl": 4, "sdxl-refiner": 4, "sd1-inpainting": 9}
@@ -85,7 +85,7 @@ def test_a_tower_of_open_clip_says_the_same_under_our_names() -> None:
 def test_clips_vocabulary_is_that_of_transformers(tmp_path: Path) -> None:
     """The list that open_clip installs gives CLIP's ids: those of a sentence are written out in OpenAI's notebook."""
     pytest.importorskip("open_clip")
-    from ldm_pipe.interop.clip_vocabulary import clip_tokenizer, tokenizer_folder
+    from ldm_pipe.interop.single.clip_vocabulary import clip_tokenizer, tokenizer_folder
 
     tokenizer = clip_tokenizer(tokenizer_folder(None, None), "<|endoftext|>")
     assert len(tokenizer) == 49408

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe.unet import UNet
-from ldm_pipe.unet.config import DEFAULTS
-from ldm_pipe.unet.config_2d import DEFAULTS_2D
+from ldm_pipe.networks import UNet
+from ldm_pipe.networks.config import DEFAULTS
+from ldm_pipe.networks.config_2d import DEFAULTS_2D
 from tests.bfloat16 import assert_as_close_as_the_reference
 from tests.pipelines import OF_ADM, OF_IF, fill
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ldm_pipe import LatentDiffusionPipeline, NoiseSchedule, UNet
-from ldm_pipe.interop.export import compare_with_diffusers, export_diffusers
+from ldm_pipe.pipelines.export import compare_with_diffusers, export_diffusers
 from tests.pipelines import TINY, quiet
 
 diffusers = pytest.importorskip("diffusers", reason="the reference")

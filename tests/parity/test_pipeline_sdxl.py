@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe import LatentDiffusionPipeline
-from ldm_pipe.interop.export import compare_with_diffusers
+from ldm_pipe.pipelines.export import compare_with_diffusers
 from ldm_pipe.pretrained import LdmPipeError, read_json
 from tests import foreign_models as make
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ldm_pipe import load_pipeline
 from ldm_pipe.cli import main
+from ldm_pipe.drawing.start import fitting
 from ldm_pipe.pipelines import PixelDiffusionPipeline, UpscalePipeline
-from ldm_pipe.pipelines.from_picture import fitting
 from ldm_pipe.pretrained import LdmPipeError
 from tests.pipelines import OF_IF, close, quiet, seeded, unit
 from tests.text_encoders import unigram_tokenizer

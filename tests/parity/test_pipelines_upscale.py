@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conditioning.tokenizer import train_bpe
-from ldm_pipe.interop.lora import LoraLayer, save_lora
+from ldm_pipe.interop.lora.file import LoraLayer, save_lora
 from ldm_pipe.pipelines import SuperResolutionPipeline, UpscalePipeline
 from ldm_pipe.pretrained import LdmPipeError
 from tests.pipelines import close, quiet, seeded

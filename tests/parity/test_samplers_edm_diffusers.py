@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ldm_pipe import samplers
 from ldm_pipe.denoiser import Denoiser
-from ldm_pipe.laws import EDM
 from ldm_pipe.noise import Noise
 from ldm_pipe.schedule import NoiseSchedule
+from ldm_pipe.schedule.laws import EDM
 from tests.parity.test_samplers_diffusers import (
     NUM_STEPS,
     PREDICTIONS,

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import schedule_config
-from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow, ResolutionShift
 from ldm_pipe.schedule import Law, NoiseSchedule
-from ldm_pipe.schedule_keys import KEYS
+from ldm_pipe.schedule import read as schedule_config
+from ldm_pipe.schedule.keys import KEYS
+from ldm_pipe.schedule.laws import EDM, VE, ContinuousVP, Flow, ResolutionShift
 
 diffusers = pytest.importorskip("diffusers")
 

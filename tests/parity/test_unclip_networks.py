@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_pipe.networks.prior import PriorTransformer
+from ldm_pipe.networks.text_projection import UnCLIPTextProjModel
 from ldm_pipe.pretrained import load_tensors
-from ldm_pipe.unet.prior import PriorTransformer
-from ldm_pipe.unet.text_projection import UnCLIPTextProjModel
 from tests.bfloat16 import assert_as_close_as_the_reference
 from tests.text_encoders import draw
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe.unet import UNet
+from ldm_pipe.networks import UNet
 from tests.bfloat16 import assert_as_close_as_the_reference
 from tests.pipelines import fill
 
@@ -198,7 +198,7 @@ def test_diffusers_loads_what_we_save_and_back(
 
 
 def test_defaults_are_those_of_diffusers() -> None:
-    from ldm_pipe.unet.config import DEFAULTS
+    from ldm_pipe.networks.config import DEFAULTS
 
     theirs = {key: value for key, value in diffusers.UNet2DConditionModel(**SD1).config.items() if key[0] != "_"}
     assert set(DEFAULTS) == set(theirs)

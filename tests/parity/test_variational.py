@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_pipe import objectives
 from ldm_pipe.denoiser import Denoised
-from ldm_pipe.objectives import Objective
-from ldm_pipe.process import level_below, posterior, q_sample
 from ldm_pipe.samplers import ddpm
 from ldm_pipe.schedule import NoiseSchedule
-from ldm_pipe.times import SecondMoment
-from ldm_pipe.variational import Bound, Decoder, bits_per_dim, vlb_term
+from ldm_pipe.schedule.process import level_below, posterior, q_sample
+from ldm_pipe.training.objectives import objective as objectives
+from ldm_pipe.training.objectives.objective import Objective
+from ldm_pipe.training.objectives.times import SecondMoment
+from ldm_pipe.training.objectives.variational import Bound, Decoder, bits_per_dim, vlb_term
 
 NUM = 60
 SCHEDULES = {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_pipe.denoiser import Denoiser
-from ldm_pipe.laws import EDM, VE, ContinuousVP, Flow
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.process import extras, from_x0_eps, q_sample
 from ldm_pipe.schedule import Law, NoiseSchedule
+from ldm_pipe.schedule.laws import EDM, VE, ContinuousVP, Flow
+from ldm_pipe.schedule.process import extras, from_x0_eps, q_sample
 
 SLOTS = ("tokens", "token_mask", "pooled", "spatial", "labels")
 
