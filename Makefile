@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PROMPT ?= red apple
 SEED ?= 0
 OUT ?= out/
+# Processes of the quick tests; each computes on one thread.
+JOBS ?= 2
 BASE ?= HEAD~1
 # Any accelerate configuration: configs/accelerate/*.yaml, or your own from `accelerate config`.
 ACCELERATE_CONFIG ?= configs/accelerate/cpu.yaml
@@ -29,7 +31,7 @@ endif
 
 help:
 	@echo 'make demo PROMPT="..."  draw a picture (SEED=0, OUT=out/)'
-	@echo 'make test               run the tests that are quick and need no network and no GPU'
+	@echo 'make test               run the tests that are quick and need no network and no GPU (JOBS=2)'
 	@echo 'make check              format, lint and types'
 	@echo 'make format             apply the format and the safe fixes of the linter'
 	@echo 'make slow               run the slow tests'
@@ -69,8 +71,9 @@ $(VENV)/.dev: $(INPUTS) | $(BIN)/python
 demo: $(VENV)/.runtime
 	@$(BIN)/ldm-pipe generate --seed "$$SEED" --overwrite --output "$$OUT" -- "$$PROMPT"
 
+# Whole files to each process: what a file builds once for its tests is then built once.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

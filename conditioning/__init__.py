@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from conditioning.clip import CLIPTextEncoder
-from conditioning.concepts import load_concept
 from conditioning.condition import Condition, TextEncoder
 from conditioning.image import CLIPImageEncoder
 from conditioning.label import LabelEncoder, LabelInput
@@ -33,7 +32,6 @@ __all__ = [
     "TextEncoder",
     "TransformerTextEncoder",
     "encode_weighted",
-    "load_concept",
     "load_text_encoder",
     "score_condition",
     "size_condition",

@@ -6,6 +6,7 @@ does not import transformers and does not know what the U-Net does with the toke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ _SIZES = {
     "num_attention_heads": 256,
     "max_position_embeddings": 1 << 14,
 }
+EMBEDDINGS = "text_model.embeddings.token_embedding.weight"
 _DEFAULTS = {"layer_norm_eps": 1e-5, "eos_token_id": 49407, "projection_dim": 512}
 
 
@@ -234,6 +236,17 @@ class CLIPTextEncoder(PretrainedModule):
         tops = ("embeddings.", "encoder.", "final_layer_norm.")
         named = {f"text_model.{name}" if name.startswith(tops) else name: value for name, value in tensors.items()}
         return {name: value for name, value in named.items() if not name.endswith("embeddings.position_ids")}
+
+    def fit_tables(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Take a longer table of embeddings than the config names: learnt words whose number it does not count."""
+        table, size = tensors.get(EMBEDDINGS), self.config.vocab_size
+        if table is None or table.ndim != 2 or not size < len(table) <= _SIZES["vocab_size"]:
+            return
+        warnings.warn(f"{where}: the table has {len(table)} rows, vocab_size is {size}; the table counts", stacklevel=4)
+        own = self.text_model.embeddings.token_embedding.weight
+        grown = nn.Embedding(len(table), self.config.hidden_size, device=own.device, dtype=own.dtype)
+        self.text_model.embeddings.token_embedding = grown
+        self.config = FrozenConfig({**self.config, "vocab_size": len(table)})
 
     @property
     def max_length(self) -> int:

@@ -6,6 +6,7 @@ What enters: an encoder with its tokenizer, prompts. What leaves: a Condition. T
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -176,6 +177,21 @@ def choose_state(
     return last if skip == 0 else norm(hidden[-1 - skip])
 
 
+def refuse_code(folder: Path) -> None:
+    """Refuse a folder whose config files name Python code of its own: transformers would offer to run it.
+
+    Raises: LdmPipeError naming the file.
+    """
+    for name in ("tokenizer_config.json", "config.json", "processor_config.json", "preprocessor_config.json"):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # whoever reads the file says what is wrong with it
+        if isinstance(config, dict) and "auto_map" in config:
+            advice = "Code of a model folder is never run. Use a folder of a class that transformers itself knows."
+            raise LdmPipeError('"auto_map" asks for Python code of this folder', str(folder / name), advice)
+
+
 class LibraryTokenizer(FramedTokenizer):
     """A tokenizer of transformers (T5's Unigram, BERT's WordPiece, ...), framed by its own special tokens.
 
@@ -196,15 +212,16 @@ class LibraryTokenizer(FramedTokenizer):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, subfolder: str | None = None) -> LibraryTokenizer:
-        """Read a tokenizer folder of transformers.
+        """Read a tokenizer folder of transformers; code that lies in it is never run.
 
-        Raises: LdmPipeError if transformers cannot read it.
+        Raises: LdmPipeError if it asks for code of its own, or transformers cannot read it.
         """
         from transformers import AutoTokenizer
 
         root = Path(folder) / subfolder if subfolder else Path(folder)
+        refuse_code(root)
         try:
-            return cls(AutoTokenizer.from_pretrained(str(root), local_files_only=True))
+            return cls(AutoTokenizer.from_pretrained(str(root), local_files_only=True, trust_remote_code=False))
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise LdmPipeError(f"no tokenizer can be read ({reason})", str(root), "Give its folder.") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from conditioning.framing import FramedTokenizer, Pieces
+from conditioning.words import Word, content, read_words
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -42,7 +44,8 @@ class ClipTokenizer(FramedTokenizer):
         pad_token: str = END,
     ) -> None:
         """Build the backend; a vocabulary that lacks what it needs is refused."""
-        self.vocab, self.merges = dict(vocab), list(merges)
+        self._base, self.merges = dict(vocab), list(merges)
+        self.vocab = dict(self._base)  # and the words that are added
         self.max_length, self.pad_token = max_length, pad_token
         lacking = [token for token in (START, END, pad_token) if token not in self.vocab]
         if lacking:
@@ -52,6 +55,7 @@ class ClipTokenizer(FramedTokenizer):
         self.start_id, self.end_id, self.pad_id = self.vocab[START], self.vocab[END], self.vocab[pad_token]
         self.start_ids, self.end_ids = (self.start_id,), (self.end_id,)
         self.added: dict[str, int] = {}
+        self.flags: dict[str, dict[str, bool]] = {}  # of added words, how they are found in a text
         self._ids: dict[int, list[int]] = {}  # of an added word, by the number the backend gave it
         try:
             model = models.BPE(self.vocab, self.merges, unk_token=END, end_of_word_suffix=WORD_END, fuse_unk=False)
@@ -66,8 +70,8 @@ class ClipTokenizer(FramedTokenizer):
         )
 
     def __len__(self) -> int:
-        """Return the number of tokens."""
-        return len(self.vocab)
+        """Return how many rows the table of embeddings needs: one more than the largest id."""
+        return max(self.vocab.values()) + 1
 
     def pieces(self, text: str) -> Pieces:
         """Cut a text into tokens; an added token stands for all its vectors."""
@@ -80,23 +84,32 @@ class ClipTokenizer(FramedTokenizer):
             starts += [start] * len(vectors)
         return Pieces(ids, lambda first: text[starts[first] :])
 
-    def add_token(self, name: str, ids: Sequence[int]) -> None:
+    def add_token(self, name: str, ids: Sequence[int], **flags: bool) -> None:
         """Add a word that stands for vectors of its own (textual inversion, Gal et al. 2022, arXiv:2208.01618).
 
         Args:
             name: as it is written in prompts, such as "<cat-toy>".
             ids: rows of the text encoder's table; further ones are named `name_1`, `name_2` as in diffusers.
+            flags: of `Word`; as in diffusers it is found in any letter case, but for what they say.
         Raises: LdmPipeError for a name that is taken or has a space in it.
         """
         names = [name, *(f"{name}_{number}" for number in range(1, len(ids)))]
-        taken = [word for word in names if word in self.vocab]
+        taken = any(word in self.vocab for word in names) or name.lower() in map(str.lower, self.flags)
         if taken or not name or any(char.isspace() for char in name):
             what = f"the token {name!r} is {'taken' if taken else 'empty or has a space in it'}"
             raise LdmPipeError(what, "tokenizer", "Choose another name, such as '<my-thing>'.")
+        self._add(name, names, ids, flags)
+
+    def _add(self, name: str, names: Sequence[str], ids: Sequence[int], flags: Mapping[str, bool]) -> None:
         self.added.update(zip(names, ids, strict=True))
         self.vocab.update(self.added)
-        self._backend.add_tokens([AddedToken(name, normalized=False)])
+        self.flags[name] = dict(flags)
+        self._backend.add_tokens([AddedToken(name, **{"normalized": True, **flags})])
         self._ids[self._backend.token_to_id(name)] = list(ids)
+
+    def without_words(self) -> ClipTokenizer:
+        """Return a tokenizer of the same vocabulary without the words that were added."""
+        return ClipTokenizer(self._base, self.merges, max_length=self.max_length, pad_token=self.pad_token)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids back into text, without start, end and what follows it."""
@@ -119,28 +132,57 @@ class ClipTokenizer(FramedTokenizer):
         Raises: LdmPipeError naming the file that is missing or unreadable.
         """
         root = Path(folder) / subfolder if subfolder else Path(folder)
-        config = read_json(root / "tokenizer_config.json") if (root / "tokenizer_config.json").is_file() else {}
-        special = read_json(root / "special_tokens_map.json") if (root / "special_tokens_map.json").is_file() else {}
+        config, special = _table(root / "tokenizer_config.json"), _table(root / "special_tokens_map.json")
         for name, expected in (("bos_token", START), ("eos_token", END)):
-            found = _content(config.get(name) or special.get(name) or expected)
+            found = content(config.get(name) or special.get(name) or expected)
             if found != expected:
                 raise LdmPipeError(f"{name} is {found!r}, CLIP's is {expected!r}", str(root), "Give a CLIP tokenizer.")
         vocab, merges = _read_vocab(root)
         length = config.get("model_max_length")
         usable = isinstance(length, int) and 2 <= length <= 100_000  # transformers writes 1e30 for "no limit"
-        pad_token = _content(config.get("pad_token") or special.get("pad_token") or END)
+        pad_token = content(config.get("pad_token") or special.get("pad_token") or END)
+        words = read_words(root, config, special)
+        pad = words.pop(pad_token, None)
+        if pad is not None and pad.row is not None:
+            vocab.setdefault(pad_token, pad.row)
         tokenizer = cls(vocab, merges, max_length=length if usable else None, pad_token=pad_token)
-        if (root / "added_tokens.json").is_file():
-            tokenizer._restore(read_json(root / "added_tokens.json"))
+        tokenizer._restore({name: word for name, word in words.items() if name not in (START, END)}, str(root))
         return tokenizer
 
-    def _restore(self, added: Mapping[str, int]) -> None:
-        """Add the words of a file that are not in the vocabulary."""
-        new = {name: index for name, index in added.items() if name not in self.vocab}
-        for name in new:
-            vectors = itertools.takewhile(lambda word: word in new, (f"{name}_{i}" for i in itertools.count(1)))
-            if name.rpartition("_")[0] not in new:
-                self.add_token(name, [new[name], *(new[word] for word in vectors)])
+    def _restore(self, words: Mapping[str, Word], where: str) -> None:
+        """Add the words of files; `name_1`, `name_2`, ... are further vectors of `name`.
+
+        Raises: LdmPipeError for a word that stands in the row of another token.
+        """
+        rows = {row: name for name, row in self.vocab.items()}
+        done: set[str] = set()
+        for name, word in words.items():
+            if name in done or not name:
+                continue
+            own = [name]
+            if name not in self.vocab:
+                numbered = (f"{name}_{i}" for i in itertools.count(1))
+                own += itertools.takewhile(lambda one: one in words and one not in self.vocab, numbered)
+            ids = []
+            for one in own:
+                row = words[one].row
+                row = self.vocab.get(one, len(self)) if row is None else row
+                if rows.setdefault(row, one) != one or self.vocab.get(one, row) != row:
+                    what = f"the word {one!r} has row {row}, and so has {rows[row]!r}, or the vocabulary says another"
+                    raise LdmPipeError(what, where, "Fetch or export the folder anew.")
+                ids.append(row)
+            done.update(own)
+            self._add(name, own, ids, word.flags)
+        lost = sorted(self._base.keys() - self._reachable() - words.keys())
+        if lost:
+            what = f"{where}: no merge makes {lost[:10]}, so that prompts spell them in letters, as in transformers"
+            warnings.warn(f"{what}; learnt words stand in added_tokens.json or tokenizer.json", stacklevel=3)
+
+    def _reachable(self) -> set[str]:
+        """Return the tokens of the vocabulary that a text can be cut into."""
+        letters = byte_symbols()
+        made = {left + right for left, right in self.merges}
+        return {*letters, *(letter + WORD_END for letter in letters), *made, START, END, self.pad_token}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the four files that transformers 4 and 5 both read as a CLIPTokenizer."""
@@ -156,10 +198,13 @@ class ClipTokenizer(FramedTokenizer):
         if self.max_length is not None:
             config["model_max_length"] = self.max_length
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
-        vocab = {name: index for name, index in self.vocab.items() if name not in self.added}
-        atomic_write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+        atomic_write(folder / "vocab.json", json.dumps(self._base, ensure_ascii=False))
         if self.added:
             atomic_write(folder / "added_tokens.json", json.dumps(self.added, ensure_ascii=False))
+            config["added_tokens_decoder"] = {
+                str(row): {"content": name, "special": False, **Word(row, **self.flags.get(name, {})).flags}
+                for name, row in self.added.items()
+            }
         atomic_write(folder / "merges.txt", "#version: 0.2\n" + merges)
         atomic_write(folder / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
         atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -216,8 +261,12 @@ def _backend(model: models.BPE) -> Tokenizer:
     return backend
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-    return str(token["content"]) if isinstance(token, Mapping) else str(token)
+def _table(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object; a file that is not there is an empty one."""
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, Mapping):
+        raise LdmPipeError("must be a JSON object", str(path), "Fetch or export the folder anew.")
+    return value
 
 
 def _read_vocab(root: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -231,9 +280,10 @@ def _read_vocab(root: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         vocab: Any = read_json(root / "vocab.json")
         pairs = [pair for line in lines if (pair := line.split()) and not line.startswith("#version")]
     elif (root / "tokenizer.json").is_file():  # all that transformers 5 writes
-        whole = read_json(root / "tokenizer.json")
-        vocab = whole.get("model", {}).get("vocab", {})
-        pairs = [pair.split() if isinstance(pair, str) else pair for pair in whole.get("model", {}).get("merges", [])]
+        model = _table(root / "tokenizer.json").get("model")
+        model = model if isinstance(model, Mapping) else {}
+        vocab = model.get("vocab", {})
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in model.get("merges", [])]
     else:
         what = "neither vocab.json with merges.txt nor tokenizer.json is there"
         raise LdmPipeError(what, str(root), "Give the `tokenizer` folder of a CLIP model.")

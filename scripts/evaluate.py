@@ -8,6 +8,7 @@
     python scripts/evaluate.py mask --model runs/emoji/diffusion_mask --output runs/emoji/evaluation/mask
     python scripts/evaluate.py inversion --output runs/emoji/evaluation/inversion
     python scripts/evaluate.py bits --model runs/emoji/diffusion --output runs/emoji/evaluation/bits
+    python scripts/evaluate.py metrics --features pixels --output runs/emoji/evaluation/metrics
 
 What enters: a model (default: the one that ships) and the drawings. What leaves: `results.json` with command, model
 hash, hardware and time, sheets of pictures, a plot, and rows for docs/results.md on the standard output.
@@ -31,6 +32,7 @@ from ldm_pipe.cli.paths import OutputError, check_folder
 from ldm_pipe.data.cache import module_hash
 from ldm_pipe.data.dataset import Records, load_records
 from ldm_pipe.data.images import make_grid, to_pil, to_tensor
+from ldm_pipe.metrics.command import add_metrics
 from ldm_pipe.metrics.inversion import measure_inversion
 from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
 from ldm_pipe.metrics.likeness import report_likeness
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     mask.add_argument("--num_inference_steps", type=int, default=20, help="default 20")
     mask.add_argument("--guidance_scale", type=float, nargs="+", default=[4.0], help="default 4")
     mask.set_defaults(run=run_mask, sampler=None)
+    add_metrics(kinds)
     for one in (rebuild, retrieve, style, sheet, like, invert, mask):
         where = FLAT if one is style else NOTO
         one.add_argument("--train_file", default=f"{where}/train.parquet", help="parquet file of the drawings")
@@ -286,9 +289,8 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
     path = args.output / "sheet.png"
     save_picture(make_grid(pictures, 8, labels=captions), path)
     scale = args.guidance_scale or pipe.defaults.guidance_scale or 7.5
-    write_results(
-        args.output, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began
-    )
+    facts = {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}
+    write_results(args.output, device, facts, began)
     print(path)
 
 
@@ -383,7 +385,7 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     for name in ("batch_size", "num_images", "num_prompts", "num_inference_steps", "num_steps"):
         value = getattr(args, name, None)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise LdmPipeError(f"--{name} is {value}", how_to_fix="Use a whole number from 1.")
     try:
         check_folder(args.output)

@@ -12,13 +12,13 @@ See docs/training.md.
 from __future__ import annotations
 
 from ldm_pipe.training.run.config import parse_config, run_script
-from ldm_pipe.training.tasks.finetune.config import FinetuneConfig, flat_flags
+from ldm_pipe.training.tasks.finetune.config import FinetuneConfig, flat_flags, help_text
 from ldm_pipe.training.tasks.finetune.run import load_model, make_trainer
 
 
 def main(argv: list[str]) -> None:
     """Run one fine-tuning."""
-    config = parse_config(FinetuneConfig, flat_flags(argv), "Fine-tune a text-to-image model.")
+    config = parse_config(FinetuneConfig, flat_flags(argv), help_text())
     trainer, _ = make_trainer(load_model(config), config)
     trainer.fit()
 

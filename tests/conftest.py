@@ -1,4 +1,7 @@
-"""What every test lives under: no network, no GPU unless asked for, one thread, an empty home for the hub."""
+"""What every test lives under: no network, no GPU unless asked for, one thread, an empty home for the hub.
+
+Of `pytest -n 2` each process reads this file by itself, and so has its own home and its own thread.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 _attempts: list[str] = []
 _home = tempfile.mkdtemp(prefix="ldm-pipe-tests-")
@@ -25,8 +29,13 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 for _secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(_secret, None)
+
+# How long an example takes is the machine's affair: several processes share it.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 def pytest_configure(config: pytest.Config) -> None:

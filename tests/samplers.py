@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ldm_pipe.denoiser import Denoised
 from ldm_pipe.samplers import Sampler
-from ldm_pipe.schedule import Steps
+from ldm_pipe.schedule import NoiseSchedule, Steps
 
 MEAN, SPREAD = 0.7, 0.4
 Law = Callable[[Tensor], tuple[Any, Any]]  # t -> (alpha, sigma)
@@ -87,3 +88,14 @@ def moments(sampler: Sampler, steps: Steps, law: Law, **options: Any) -> tuple[f
 
     out = sampler(linear, x, steps, noise=noise, **options)[0]
     return float(out[0]), float(out[1:].square().sum())
+
+
+def stride(steps: Steps, schedule: NoiseSchedule) -> Steps:
+    """Let each step end num_train_timesteps // num_steps below its start, as diffusers' DDIMScheduler does.
+
+    With linspace, or where the division leaves a rest, the network is then told a time that is not the state's.
+    """
+    landing = steps.t[:-1] - schedule.num_train_timesteps // steps.num_steps
+    levels = zip(schedule.alpha_sigma(landing.clamp_min(0)), (steps.alpha[-1], steps.sigma[-1]), strict=True)
+    alpha, sigma = (torch.where(landing < 0, end, level) for level, end in levels)
+    return replace(steps, next_alpha=alpha, next_sigma=sigma)

@@ -15,15 +15,28 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ldm_pipe.cli.options import build_parser
+from ldm_pipe.cli.options import build_parser, dashed
+from ldm_pipe.masking import masked_text
+from ldm_pipe.printable import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; without arguments, run that of the process and end it."""
+    _ready_streams()
     code = _run(argv)
     if argv is None:
         _leave(code)
     return code
+
+
+def _ready_streams() -> None:
+    """Make sure that words can be printed: to a closed stream they go nowhere, to an ASCII one escaped."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this; files opened later must not take its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(code: int) -> NoReturn:
@@ -36,7 +49,7 @@ def _leave(code: int) -> NoReturn:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
@@ -62,7 +75,7 @@ def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Print a warning as users read it, without the line of code it came from."""
-    return f"warning: {message}\n"
+    return f"warning: {printable(masked_text(str(message)), lines=True)}\n"
 
 
 def _fault(args: argparse.Namespace, error: BaseException, what: str, fix: str, code: int, where: str = "") -> int:
@@ -75,5 +88,6 @@ def _complain(what: str, where: str, fix: str, code: int) -> int:
     """Print what went wrong, where, and what to do."""
     for label, text in (("error", what), ("where", where), ("do", fix)):
         if text:
-            sys.stderr.write(f"{label + ':':7}{text}\n")
+            shown = printable(masked_text(str(text)), lines=True).replace("\n", "\n       ")
+            sys.stderr.write(f"{label + ':':7}{shown}\n")
     return code

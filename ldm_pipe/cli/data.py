@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-TITLES = ("bad", "duplicates", "uncaptioned", "tiny", "odd")
+TITLES = ("bad", "duplicates", "uncaptioned", "tiny", "odd", "skipped")
 
 
 def run_check(args: argparse.Namespace) -> int:

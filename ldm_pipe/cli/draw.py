@@ -10,11 +10,12 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_pipe.cli.job import refuse_other_settings, write_note
 from ldm_pipe.cli.paths import OutputError, OutputPlan, check_folder, check_space, slug
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ PASSED_ON = (
 )  # fmt: skip
 
 
+SETTINGS_BESIDE = ("variant", "revision", "dtype", "lora", "textual_inversion", "refiner")  # of a job's pictures
 FURTHER = 1 << 62  # bit of a seed
 SECOND_PROMPTS = ("prompt_2", "negative_prompt_2")
 
@@ -183,7 +185,7 @@ def sampler_options(words: Sequence[str]) -> dict[str, Any]:
             raise OutputError(f"--sampler-option {word!r:.80}", "", "Write each once, as NAME=VALUE.")
         try:
             options[name] = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 
@@ -262,7 +264,7 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise OutputError(f"cannot be read ({error})", str(path), "Write it in UTF-8, one prompt per line.") from None
     if not rows:
         raise OutputError("holds no prompts", str(path))
@@ -293,6 +295,15 @@ def plan_jobs(args: argparse.Namespace, file: str) -> list[Job]:
     return jobs
 
 
+def job_settings(args: argparse.Namespace, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect all that decides about the pictures of a prompts file but the file itself."""
+    settings = {name: getattr(args, name, None) or None for name in SETTINGS_BESIDE}
+    settings |= {"model": args.model or "the shipped one", "seed": args.seed or 0, "n": args.num_images_per_prompt}
+    if args.refiner is not None:
+        settings["refiner_start"] = args.refiner_start
+    return {name: value for name, value in {**settings, **arguments}.items() if value is not None}
+
+
 def _run_file(args: argparse.Namespace, file: str) -> int:
     """Draw the pictures of a prompts file that do not exist yet.
 
@@ -301,11 +312,16 @@ def _run_file(args: argparse.Namespace, file: str) -> int:
     if args.grid:
         raise OutputError("--grid does not go with --prompts", file, "Leave one of them out.")
     jobs = plan_jobs(args, file)
+    arguments = call_arguments(args)
+    settings, folder = job_settings(args, arguments), Path(args.output or "pictures")
+    if args.overwrite:
+        write_note(folder, settings)
+    else:
+        refuse_other_settings(folder, settings, jobs)
     todo = [job for job in jobs if args.overwrite or not all(path.exists() for path in job.paths)]
     sys.stderr.write(f"{len(jobs)} prompts, {len(jobs) - len(todo)} already drawn\n")
     if not todo:
         return 0
-    arguments = call_arguments(args)
     pipe, refiner = load_pipeline(args), load_refiner(args)
     for one in (pipe, *([refiner] if refiner else ())):
         one.set_progress_bar_config(disable=True)

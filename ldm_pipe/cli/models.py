@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_pipe.cli.paths import OutputError
+from ldm_pipe.printable import printable
 
 SHIPPED_NAME = "emoji"  # `generate` draws with it where no model is named
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -25,7 +26,8 @@ def run_info(args: argparse.Namespace) -> int:
         return 0
     for key, value in facts.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        sys.stdout.write(f"{key}: {text}\n")
+        text = printable(text, lines=True).replace("\n", "\n  ")  # a second line cannot pass for another fact
+        sys.stdout.write(f"{printable(str(key))}: {text}\n")
     return 0
 
 
@@ -45,8 +47,10 @@ def picture_facts(path: str) -> dict[str, Any]:
         raise OutputError(
             "the picture holds no settings", path, "They are kept in PNG files only, and lost by most editors."
         )
-    facts = {"prompt": info.prompt, "negative prompt": info.negative_prompt, **info.settings}
-    command = redraw_command(info.prompt, info.negative_prompt, dict(info.settings))
+    prompt, negative = (printable(text, lines=True) for text in (info.prompt, info.negative_prompt))
+    settings = {key: printable(value) for key, value in info.settings.items()}
+    facts = {"prompt": prompt, "negative prompt": negative, **settings}
+    command = redraw_command(prompt, negative, settings)
     return {key: value for key, value in facts.items() if value != ""} | ({"again": command} if command else {})
 
 

@@ -7,7 +7,12 @@ torch.
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from ldm_pipe.sampler_table import SAMPLERS
 
 EXAMPLES = """examples:
   ldm-pipe generate "red apple" --seed 7 -n 4 -o out.png --grid
@@ -21,12 +26,7 @@ EXAMPLES = """examples:
   ldm-pipe convert v1-5-pruned.safetensors sd15/
 """
 
-# Known here too, so that help costs no import of torch; a test keeps them equal to `samplers.NAMES` and `Spacing`.
-SAMPLERS = (
-    "ddpm", "ddim", "euler", "dpmpp_2m", "euler_ancestral", "heun", "edm", "lms", "dpm2", "dpm2_ancestral", "dpmpp_2s",
-    "dpmpp_2s_ancestral", "dpmpp_3m", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "plms", "unipc", "deis", "restart",
-    "lcm", "annealed_langevin", "predictor_corrector",
-)  # fmt: skip
+# Known here too, so that help costs no import of torch; a test keeps them equal to `Spacing`.
 SPACINGS = ("leading", "trailing", "linspace", "lcm", "karras", "exponential", "polynomial", "log_snr", "beta")
 
 
@@ -34,7 +34,46 @@ class _Parser(argparse.ArgumentParser):
     """A parser that tells wrong options in three lines, as every other error is told."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\nwhere: {self.prog}\ndo:    `{self.prog} --help` lists what there is.\n")
+        meant = _meant(message, self)
+        advice = f"Did you mean {meant}? " if meant else ""
+        self.exit(
+            2, f"error: {message}\nwhere: {self.prog}\ndo:    {advice}`{self.prog} --help` lists what there is.\n"
+        )
+
+
+def _words_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Return all flags and commands of a parser and of those below it."""
+    words = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            words |= set(action.choices).union(*(_words_of(one) for one in action.choices.values()))
+    return words
+
+
+def _meant(message: str, parser: argparse.ArgumentParser) -> str | None:
+    """Guess which flag or command a mistyped one was meant to be."""
+    typed = (
+        re.findall(r"--[\w-]+", message) if "unrecognized" in message else re.findall(r"choice: '([\w-]+)'", message)
+    )
+    found = difflib.get_close_matches(typed[0], sorted(_words_of(parser)), 1) if typed else []
+    return found[0] if found else None
+
+
+def dashed(argv: Sequence[str]) -> list[str]:
+    """Write flags with dashes that were typed with underscores, as Python and diffusers' examples have them."""
+    words, end = list(argv), list(argv).index("--") if "--" in argv else len(argv)
+    for i, word in enumerate(words[:end]):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            words[i] = flag.replace("_", "-") + equals + value
+    return words
+
+
+def _count(text: str) -> int:
+    """Read a whole number from 1, before torch is imported."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no whole number from 1")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,8 +181,10 @@ def _add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options that all drawing has, spelled like the arguments of the pipeline."""
     how = parser.add_argument_group("drawing (defaults come from the model)")
     how.add_argument("--negative-prompt", help="what not to draw")
-    how.add_argument("--num-inference-steps", "--steps", type=int, dest="num_inference_steps")
-    how.add_argument("--guidance-scale", type=float, help="1 is none; more follows the prompt more closely")
+    how.add_argument("--num-inference-steps", "--steps", type=_count, dest="num_inference_steps")
+    how.add_argument(
+        "--guidance-scale", "--cfg", "--cfg-scale", type=float, help="1 is none; more follows the prompt more closely"
+    )
     how.add_argument("--guidance-rescale", type=float, help="0 to 1, against overexposure")
     how.add_argument("--height", type=int)
     how.add_argument("--width", type=int)

@@ -18,6 +18,7 @@ from ldm_pipe.data.dataset import load_records
 from ldm_pipe.data.images import MAX_PIXELS, open_image_with_notes
 from ldm_pipe.data.rows import DataReport
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.printable import printable
 
 _CAPTION_KINDS = ("missing caption", "null caption")
 
@@ -33,19 +34,20 @@ class FolderReport:
     uncaptioned: list[str] = field(default_factory=list)
     tiny: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     odd_modes: Counter[str] = field(default_factory=Counter)
     num_captions: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @property
     def ok(self) -> bool:
-        """Tell whether every row can be used; pictures of an odd mode can, they are converted."""
+        """Tell whether every row can be used; odd pictures can (they are converted), skipped ones are no rows."""
         return not (self.bad or self.duplicates or self.uncaptioned or self.tiny)
 
     def __str__(self) -> str:
         """Return the report as text, at most ten lines per finding."""
         lines = [f"{self.num_good} of {self.num_rows} rows are good"]
-        for title in ("bad", "duplicates", "uncaptioned", "tiny", "odd"):
+        for title in ("bad", "duplicates", "uncaptioned", "tiny", "odd", "skipped"):
             found = getattr(self, title)
             if found:
                 lines.append(f"{title}: {len(found)}")
@@ -78,7 +80,10 @@ def check_folder(
     min_side: int = 64,
     max_pixels: int = MAX_PIXELS,
 ) -> FolderReport:
-    """Read every row and picture; report bad, duplicate, uncaptioned, tiny and odd ones (those that are converted).
+    """Read every row and picture; report bad, duplicate, uncaptioned, tiny, odd (converted) and skipped ones.
+
+    Skipped are pictures that a training passes over without counting them: in hidden and system folders, of a format
+    that is not read, behind links to folders, or in a place that the set is not read from.
 
     Pictures with the same pixels count as duplicates when their captions are the same too; with other captions they are
     what data sets with several captions per picture have.
@@ -101,6 +106,7 @@ def check_folder(
     )
     report = FolderReport(records.report.num_rows)
     _sort_problems(records.report, report)
+    report.skipped = [str(problem) for problem in records.report.skipped]
 
     def check(index: int) -> _Finding:
         try:
@@ -114,9 +120,9 @@ def check_folder(
     seen: dict[tuple[str, tuple[str, ...]], str] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for index, found in enumerate(pool.map(check, range(len(records)))):
-            where = records.where(index)
+            where = printable(records.where(index))
             if found.error:
-                report.bad.append(f"{where}: {found.error}")
+                report.bad.append(f"{where}: {printable(found.error)}")
                 continue
             report.sizes[found.size] += 1
             report.num_captions[len(records.caption_lists[index])] += 1

@@ -16,21 +16,22 @@ from typing import Any, Literal, TypeAlias
 
 from PIL import Image
 
-from ldm_pipe.data.archives import ARCHIVE_SUFFIXES, find_archives, read_archive
+from ldm_pipe.data.archives import find_archives, read_archive
+from ldm_pipe.data.folders import read_folder
 from ldm_pipe.data.images import MAX_PIXELS, WHITE, open_image
+from ldm_pipe.data.parquet import read_parquet
 from ldm_pipe.data.rows import DataReport, Row, check_pictures, check_rows
 from ldm_pipe.data.sources import (
-    METADATA_NAMES,
     Table,
     find_parquet,
+    hub_roots,
     join_tables,
     load_hub,
     load_saved,
     read_dataset,
-    read_folder,
-    read_parquet,
     split_of,
 )
+from ldm_pipe.data.walk import ARCHIVE_SUFFIXES, METADATA_NAMES, Problem, is_hidden, is_picture, unused, walk
 from ldm_pipe.pretrained import LdmPipeError
 
 SAVED_NAMES = ("dataset_dict.json", "state.json")
@@ -126,10 +127,10 @@ class Records:
 
     @property
     def image_fingerprint(self) -> str:
-        """Return the sha256 over names and sizes of the pictures, in order: what cached latents depend on."""
+        """Return the sha256 over names and contents of the pictures, in order: what cached latents depend on."""
         digest = hashlib.sha256(repr(("images", self._background)).encode())
         for row in self._rows:
-            digest.update(f"{row.name}\0{row.num_bytes}\n".encode("utf-8", "surrogatepass"))
+            digest.update(f"{row.name}\0{row.stamp}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     @property
@@ -162,6 +163,7 @@ def load_records(
     background: tuple[int, int, int] = WHITE,
     max_pixels: int = MAX_PIXELS,
     config_name: str | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> Records:
     """Load and check one split.
 
@@ -180,6 +182,8 @@ def load_records(
         background: colour under transparent pixels.
         max_pixels: larger pictures count as unreadable.
         config_name: configuration of a hub data set.
+        shape: (height, width) that pictures will be scaled to cover: with `check_images`, those that would become
+            larger than `MAX_PIXELS` by it (long, thin strips) are left out.
     Raises: LdmPipeError naming what is wrong and where.
     """
     table = _read(source, split, image_column, caption_column, config_name)
@@ -192,10 +196,11 @@ def load_records(
     for column, wanted in (filters or {}).items():
         values = table.columns[_known_column(table, column, name) or column]
         numbers = [row for row in numbers if _matches(values[row], wanted)]
-    report = DataReport(len(numbers) + len(table.problems), 0, list(table.problems))
+    report = DataReport(len(numbers) + len(table.problems), 0, list(table.problems), skipped=list(table.skipped))
     rows = check_rows(table, numbers, caption_column, keywords_column, null_captions, report)
-    if check_images:
-        rows = check_pictures(table, rows, background, max_pixels, report)
+    rows = check_pictures(
+        table, rows, report, decode=check_images, background=background, max_pixels=max_pixels, shape=shape
+    )
     report.num_used = len(rows)
     report.refuse_many(max_bad_fraction, name)
     return Records(table, rows, report, background, max_pixels)
@@ -212,7 +217,7 @@ def _read(source: DataSource, split: str, image_column: str, caption_column: str
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path, split, image_column, caption_column)
-    if path.suffix in ARCHIVE_SUFFIXES and path.is_file():
+    if path.suffix.lower() in ARCHIVE_SUFFIXES and path.is_file():
         return read_archive(path, image_column, caption_column)
     if path.suffix == ".parquet" and path.is_file():
         return read_parquet(path, image_column)
@@ -222,32 +227,53 @@ def _read(source: DataSource, split: str, image_column: str, caption_column: str
     known = path.suffix in (".parquet", *ARCHIVE_SUFFIXES)
     if known or path.is_absolute() or len(Path(source).parts) > 2 or str(source).startswith("."):
         raise LdmPipeError("no such file or folder", str(path))
-    return read_dataset(load_hub(str(source), config, split), image_column, str(source))
+    return read_dataset(load_hub(str(source), config, split), image_column, str(source), hub_roots())
 
 
 def _read_folder(path: Path, split: str, image_column: str, caption_column: str | None) -> Table:
     """Read a folder of parquet files, of shards, of pictures, or one saved by the `datasets` library."""
     if any((path / name).is_file() for name in SAVED_NAMES):
-        return read_dataset(load_saved(path, split), image_column, str(path))
-    if parquet := find_parquet(path, split):
-        return join_tables([read_parquet(file, image_column) for file in parquet])
-    if any(path.rglob("*.parquet")):
+        return read_dataset(load_saved(path, split), image_column, str(path), (path,))
+    files, skipped = walk(path)
+    if parquet := find_parquet(path, files, split):
+        table = join_tables([read_parquet(file, image_column) for file in parquet])
+        table.skipped += [*skipped, *unused(files, "the folder is read as one of parquet files")]
+        return table
+    if any(file.suffix == ".parquet" for file in files):
         raise LdmPipeError(f"there are parquet files, but none for split {split!r}", str(path))
-    if shards := find_archives(path, split):
-        return join_tables([read_archive(file, image_column, caption_column) for file in shards])
-    has_splits = [folder for folder in path.iterdir() if folder.is_dir() and split_of(Path(folder.name) / "x")]
-    if has_splits and not any((path / metadata).is_file() for metadata in METADATA_NAMES):
-        matching = [folder for folder in has_splits if split_of(Path(folder.name) / "x") == split]
+    if shards := find_archives(path, files, split):
+        table = join_tables([read_archive(file, image_column, caption_column) for file in shards])
+        others = [file for file in files if file.suffix.lower() not in ARCHIVE_SUFFIXES]
+        table.skipped += [*skipped, *unused(others, "compressed shards can only be streamed")]
+        return table
+    return _read_pictures(path, split, image_column, caption_column, (files, skipped))
+
+
+def _read_pictures(
+    path: Path, split: str, image_column: str, caption_column: str | None, found: tuple[list[Path], list[Problem]]
+) -> Table:
+    """Read a folder of pictures; where folders in it are named after splits, only what lies in one of these."""
+    files, skipped = found
+    skipped = skipped + unused([file for file in files if not is_picture(file.name)], "an archive among pictures")
+    places = {name.name: split_of(Path(name.name) / "x") for name in path.iterdir() if name.is_dir()}
+    places = {name: place for name, place in places.items() if place and not is_hidden(name)}
+    if places and not any((path / metadata).is_file() for metadata in METADATA_NAMES):
+        matching = sorted(name for name, place in places.items() if place == split)
         if not matching:
-            raise LdmPipeError(
-                f"there is no folder for split {split!r}", str(path), f"Found: {[f.name for f in has_splits]}."
-            )
-        return join_tables([read_folder(folder, image_column, caption_column) for folder in sorted(matching)])
+            what = f"there is no folder for split {split!r}"
+            raise LdmPipeError(what, str(path), f"Found: {sorted(places)}.")
+        parts = {name: [file for file in files if file.is_relative_to(path / name)] for name in places}
+        outside = sorted(set(files).difference(*parts.values()))
+        tables = [read_folder(path / name, parts[name], [], image_column, caption_column) for name in matching]
+        table = join_tables(tables)
+        table.skipped += [*skipped, *unused(outside, f"outside of the split folders {sorted(places)}")]
+        return table
     if split != "train":
         raise LdmPipeError(f"there is no split {split!r}: the folder is not divided", str(path))
-    table = read_folder(path, image_column, caption_column)
+    table = read_folder(path, files, skipped, image_column, caption_column)
     if not len(table.images) and not table.problems:
-        raise LdmPipeError("the folder holds neither parquet files nor pictures", str(path))
+        passed = f" ({len(skipped)} passed over, the first is {skipped[0]})" if skipped else ""
+        raise LdmPipeError(f"the folder holds neither parquet files nor pictures{passed}", str(path))
     return table
 
 

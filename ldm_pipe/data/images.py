@@ -27,15 +27,18 @@ from PIL import (  # noqa: F401
 )
 from torch import Tensor
 
-from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.pretrained import LdmPipeError, atomic_write
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000  # of a picture as it is read, and as it is made by scaling
+MAX_FILE_BYTES = 512 << 20
 # A fixed list: Pillow also opens formats that start other programs (EPS) or are seldom tested. Importing a plugin
 # registers it: given a list, Pillow looks no further than what is registered. JPEG includes MPO.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 WHITE = (255, 255, 255)
 
 _EXIF_ORIENTATION = 0x0112
@@ -103,18 +106,26 @@ def open_image_with_notes(
         raise LdmPipeError(f"cannot read the picture: {reason}", where, "Save or fetch it anew.") from error
 
 
+def open_lazily(source: str | Path) -> Image.Image:
+    """Open a picture file without decoding it, for those who need its mode.
+
+    Raises: LdmPipeError naming the picture and the reason.
+    """
+    try:
+        return _open_header(source, str(source))
+    except LdmPipeError:
+        raise
+    except Exception as error:  # as in open_image_with_notes
+        reason = str(error) or type(error).__name__
+        raise LdmPipeError(f"cannot read the picture: {reason}", str(source), "Save or fetch it anew.") from error
+
+
 def _open_header(source: str | Path | bytes, where: str) -> Image.Image:
     """Parse the header only; pixels are decoded later."""
     if isinstance(source, bytes):
         stream, head, size = io.BytesIO(source), source[:64], len(source)
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise LdmPipeError(
-                "is a folder, not a picture" if path.is_dir() else "file not found", where, "Check the path."
-            )
-        # Read at once: an open file handle per picture would run out of handles in large folders.
-        data = path.read_bytes()
+        data = read_picture_file(Path(source))
         stream, head, size = io.BytesIO(data), data[:64], len(data)
     if size == 0:
         raise LdmPipeError("empty picture file (0 bytes)", where, "Save or fetch it anew.")
@@ -128,9 +139,25 @@ def _open_header(source: str | Path | bytes, where: str) -> Image.Image:
         raise LdmPipeError(kind, where=where, how_to_fix=f"readable formats: {', '.join(FORMATS)}") from error
 
 
+def read_picture_file(path: Path) -> bytes:
+    """Read a file at once: an open file handle per picture would run out of handles in large folders.
+
+    Raises: LdmPipeError if it is no file, cannot be read, or is larger than `MAX_FILE_BYTES`.
+    """
+    try:
+        if not path.is_file():
+            what = "is a folder, not a picture" if path.is_dir() else "file not found"
+            raise LdmPipeError(what, str(path), "Check the path.")
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise LdmPipeError(f"picture file of {size} bytes, at most {MAX_FILE_BYTES} are read", str(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise LdmPipeError(f"cannot read the picture: {error.strerror or error}", str(path)) from error
+
+
 def _decode(image: Image.Image, background: tuple[int, int, int], where: str) -> tuple[Image.Image, tuple[str, ...]]:
     notes = []
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # n_frames would go through all of them
         notes.append("animated")
         image.seek(0)
     image.load()
@@ -191,15 +218,15 @@ def _deep_grey_to_rgb(
     image: Image.Image, background: tuple[int, int, int], notes: list[str], where: str
 ) -> Image.Image:
     """Scale 16-bit grey by 1 / 257 (Pillow's own conversion clips at 255: almost all white)."""
-    values = np.asarray(image)
+    values, advice = np.asarray(image), "Save it with 8 bits, or with 16."
     if image.mode == "F":
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise LdmPipeError("floating point picture with values outside [0, 1]: its white is unknown", where=where)
+            raise LdmPipeError("floating point picture with values outside [0, 1]: its white is unknown", where, advice)
         grey = np.rint(values * 255.0).astype(np.uint8)
     else:
         wide = values.astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:
-            raise LdmPipeError("32-bit picture with values outside 0..65535: its white is unknown", where=where)
+            raise LdmPipeError("32-bit picture with values outside 0..65535: its white is unknown", where, advice)
         grey = ((wide + 128) // 257).astype(np.uint8)
     rgb = np.repeat(grey[:, :, None], 3, axis=2)
     transparent = image.info.get("transparency")
@@ -226,6 +253,7 @@ def resize(
         resolution: side of the square, or (height, width), in pixels.
         center_crop: keep the middle; otherwise `crop_at` says which part is kept.
         crop_at: (x, y) from 0 (left, top) to 1 (right, bottom); the caller draws it, keyed by seed and picture.
+    Raises: LdmPipeError for a strip so long and thin that it would become more than `MAX_PIXELS` pixels.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     if height < 1 or width < 1:
@@ -235,6 +263,7 @@ def resize(
     x_at, y_at = (0.5, 0.5) if crop_at is None else crop_at
     if not (0 <= x_at <= 1 and 0 <= y_at <= 1):
         raise LdmPipeError(f"crop_at {crop_at!r}: both values must be in [0, 1]")
+    check_made(image.size, (height, width))
     scaled_width, scaled_height = cover_size(image.size, (height, width))
     if (scaled_width, scaled_height) != image.size:
         factor = image.width // scaled_width
@@ -255,6 +284,20 @@ def cover_size(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]
     return max(shape[1], round(size[0] * scale)), max(shape[0], round(size[1] * scale))
 
 
+def check_made(size: tuple[int, int], shape: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse a picture of `size` (width, height) of which scaling it to cover `shape` would make too many pixels.
+
+    Raises: LdmPipeError naming both sizes and the limit.
+    """
+    width, height = cover_size(size, shape)
+    if width * height > max_pixels:
+        what = (
+            f"picture of {size[0]}x{size[1]}, scaled to cover {shape[1]}x{shape[0]}, would have {width}x{height} "
+            f"pixels, at most {max_pixels} are made"
+        )
+        raise LdmPipeError(what, how_to_fix="Cut it to a less extreme shape, or leave it out.")
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Map 0..255 to [-1, 1]: float32 (3, H, W)."""
     pixels = np.array(image if image.mode == "RGB" else open_image(image), dtype=np.float32)
@@ -273,6 +316,16 @@ def to_pil(image: Tensor) -> Image.Image:
         raise LdmPipeError("the picture holds NaN or infinity", how_to_fix="decode in float32 or bfloat16")
     pixels = ((pixels.clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all.
+
+    Raises: LdmPipeError naming the path if it cannot be written.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    atomic_write(path, buffer.getvalue())
 
 
 def make_grid(

@@ -15,19 +15,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ldm_pipe.data.images import open_image_with_notes
-from ldm_pipe.data.sources import Problem, Table
+from ldm_pipe.data.images import check_made, open_image_with_notes, read_picture_file
+from ldm_pipe.data.sources import Table, UnreadablePictureError
+from ldm_pipe.data.walk import Problem
 from ldm_pipe.pretrained import LdmPipeError
 
 
 @dataclass
 class DataReport:
-    """What was read, what was left out and why, and what was odd about the pictures that are used."""
+    """What was read, what was left out and why, what was passed over, and what was odd about pictures that are used."""
 
     num_rows: int = 0
     num_used: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    skipped: list[Problem] = field(default_factory=list)
 
     @property
     def counts(self) -> Counter[str]:
@@ -39,6 +41,9 @@ class DataReport:
         text = f"{self.num_used} of {self.num_rows} rows used"
         if self.problems:
             text += "; left out: " + ", ".join(f"{number} {kind}" for kind, number in sorted(self.counts.items()))
+        if self.skipped:
+            kinds = Counter(problem.kind for problem in self.skipped)
+            text += "; passed over: " + ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
         if self.notes:
             text += "; converted: " + ", ".join(f"{number} {note}" for note, number in sorted(self.notes.items()))
         return text
@@ -68,7 +73,7 @@ class Row:
         captions: one or more; ("",) when none are wanted.
         keywords: may be empty.
         name: stable name of the picture: file name, or hash of its bytes.
-        num_bytes: size of the picture's file.
+        stamp: what changes with the picture: hash of its file; for bytes, whose hash is the name, their number.
         size: (height, width) of the upright picture, if it has been decoded.
     """
 
@@ -76,7 +81,7 @@ class Row:
     captions: tuple[str, ...]
     keywords: tuple[str, ...]
     name: str
-    num_bytes: int
+    stamp: str
     size: tuple[int, int] | None = None
 
 
@@ -92,7 +97,12 @@ def check_rows(
     rows: list[Row] = []
     seen: set[tuple[str, tuple[str, ...]]] = set()
     for number in numbers:
-        where, source = table.where[number], table.images[number]
+        where = table.where[number]
+        try:
+            source = table.images[number]
+        except UnreadablePictureError as error:
+            report.problems.append(Problem(where, "unreadable picture", error.what))
+            continue
         if source is None:
             report.problems.append(Problem(where, "missing picture", "the picture is null"))
             continue
@@ -103,11 +113,7 @@ def check_rows(
         if caption_column and not captions and null_captions == "skip":
             report.problems.append(Problem(where, "null caption"))
             continue
-        try:
-            name, num_bytes = _identity(source, table, number)
-        except OSError as error:
-            report.problems.append(Problem(where, "missing file", error.strerror or str(error)))
-            continue
+        name, stamp = _identity(source, table, number)
         picture = name if isinstance(source, bytes) else str(source.resolve())
         captions = captions or ("",)
         if (picture, captions) in seen:
@@ -115,14 +121,15 @@ def check_rows(
             continue
         seen.add((picture, captions))
         words = _keywords(table.columns[keywords_column][number]) if keywords_column else ()
-        rows.append(Row(number, captions, words, name, num_bytes))
+        rows.append(Row(number, captions, words, name, stamp))
     return rows
 
 
 def read_captions(value: Any, where: str, report: DataReport) -> tuple[str, ...] | None:
     """Return the captions of a cell that are not blank; None for a cell that holds something else."""
     if value is None or isinstance(value, str):
-        return (value,) if value and value.strip() else ()
+        value = value.removeprefix("\ufeff") if value else ""  # a byte order mark that some program left there
+        return (value,) if value.strip() else ()
     if not isinstance(value, (list, tuple)):
         report.problems.append(Problem(where, "broken row", f"the caption is {type(value).__name__}, not text"))
         return None
@@ -142,33 +149,54 @@ def _keywords(value: Any) -> tuple[str, ...]:
     return tuple(str(word) for word in value) if value is not None else ()
 
 
-def _identity(source: Path | bytes, table: Table, number: int) -> tuple[str, int]:
-    """Name a picture: file name and size, or hash of its bytes and their number."""
+def _identity(source: Path | bytes, table: Table, number: int) -> tuple[str, str]:
+    """Name a picture: hash of its bytes and their number, or file name, whose hash is taken when the file is read."""
     if isinstance(source, bytes):
-        return hashlib.blake2b(source, digest_size=16).hexdigest(), len(source)
+        return hashlib.blake2b(source, digest_size=16).hexdigest(), str(len(source))
     names = table.columns.get("file_name")
-    return str(names[number] if names is not None else source.name), source.stat().st_size
+    return str(names[number] if names is not None else source.name), ""
 
 
 def check_pictures(
-    table: Table, rows: Sequence[Row], background: tuple[int, int, int], max_pixels: int, report: DataReport
+    table: Table,
+    rows: Sequence[Row],
+    report: DataReport,
+    *,
+    decode: bool,
+    background: tuple[int, int, int],
+    max_pixels: int,
+    shape: tuple[int, int] | None = None,
 ) -> list[Row]:
-    """Decode every picture; return the rows of the readable ones with their sizes and report the others."""
+    """Read every picture once; return the rows of the readable ones, stamped, and report the others.
+
+    Args:
+        decode: also decode them, which gives their sizes; else files are only hashed, and bytes not looked at.
+        shape: (height, width) that they will be scaled to cover; None: nobody knows yet.
+    """
 
     def check(row: Row) -> tuple[Row, tuple[str, ...]] | LdmPipeError:
         try:
-            name, source = table.where[row.number], table.images[row.number]
-            picture, notes = open_image_with_notes(source, background=background, max_pixels=max_pixels, name=name)
+            source, stamp = table.images[row.number], row.stamp
+            if isinstance(source, Path):
+                source = read_picture_file(source)
+                stamp = hashlib.blake2b(source, digest_size=16).hexdigest()
+            if not decode:
+                return replace(row, stamp=stamp), ()
+            where = table.where[row.number]
+            picture, notes = open_image_with_notes(source, background=background, max_pixels=max_pixels, name=where)
+            if shape is not None:
+                check_made(picture.size, shape)
         except LdmPipeError as error:
             return error
-        return replace(row, size=(picture.height, picture.width)), notes
+        return replace(row, size=(picture.height, picture.width), stamp=stamp), notes
 
-    good = []
+    wanted = rows if decode else [row for row in rows if not row.stamp]
+    checked: dict[int, Row] = {row.number: row for row in rows if not decode and row.stamp}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for row, result in zip(rows, pool.map(check, rows), strict=True):
+        for row, result in zip(wanted, pool.map(check, wanted), strict=True):
             if isinstance(result, LdmPipeError):
                 report.problems.append(Problem(table.where[row.number], "unreadable picture", result.what))
             else:
-                good.append(result[0])
+                checked[row.number] = result[0]
                 report.notes.update(result[1])
-    return good
+    return [checked[row.number] for row in rows if row.number in checked]

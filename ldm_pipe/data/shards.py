@@ -30,6 +30,7 @@ from ldm_pipe.pretrained import (
     save_tensors,
     sync_folder,
 )
+from ldm_pipe.pretrained.locks import FileLock
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -95,25 +96,19 @@ def write_shards(
 def only_one(root: str | Path, key: str) -> Iterator[None]:
     """Let one process at a time do some work; the others wait, and should then look whether it is done.
 
-    The lock is the kernel's: it ends with the process that holds it. Where there is none (Windows), nobody waits.
+    The lock is the kernel's: it ends with the process that holds it. Where there is none (Windows), a second one is
+    refused.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     path = Path(root) / f".lock-{key[:16]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (closed below, which ends the lock)
+        lock = FileLock(path, wait=True)
     except OSError as error:
         raise LdmPipeError(f"the cache cannot be written ({error.strerror or error})", str(root)) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        lock.release()
 
 
 def _num_rows(batches: Iterable[Mapping[str, Tensor]]) -> int:

@@ -15,10 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ldm_pipe.data.images import open_image
+from ldm_pipe.data.images import check_made, open_image
 from ldm_pipe.data.order import batch_part
+from ldm_pipe.data.parquet import check_announced
 from ldm_pipe.data.rows import DataReport, read_captions
-from ldm_pipe.data.sources import Problem, caption_lines, find_parquet, load_hub, split_of
+from ldm_pipe.data.sources import find_parquet, hub_roots, inside, load_hub, split_of
+from ldm_pipe.data.walk import Problem, caption_lines, walk
 from ldm_pipe.pretrained import LdmPipeError
 
 SHUFFLE_BUFFER = 1000
@@ -75,8 +77,10 @@ def open_stream(source: str | Path, split: str = "train", config_name: str | Non
     path = Path(source).expanduser()
     if not path.exists():
         return load_hub(str(source), config_name, split, streaming=True)
-    parquet = find_parquet(path, split) if path.is_dir() else [path][: path.suffix == ".parquet"]
-    shards = sorted(path.rglob("*")) if path.is_dir() else [path]
+    shards = walk(path)[0] if path.is_dir() else [path]
+    parquet = find_parquet(path, shards, split) if path.is_dir() else [path][: path.suffix == ".parquet"]
+    for file in parquet:
+        check_announced(file, _footer(file))
     tars = [file for file in shards if file.name.endswith(TAR_SUFFIXES)]
     tars = [file for file in tars if file == path or (split_of(file.relative_to(path)) or "train") == split]
     if not parquet and not tars:
@@ -86,6 +90,24 @@ def open_stream(source: str | Path, split: str = "train", config_name: str | Non
     return datasets.load_dataset(
         kind, data_files={"train": [str(file) for file in files]}, split="train", streaming=True
     )
+
+
+def _footer(file: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise LdmPipeError(f"cannot be read as parquet ({str(error)[:200]})", str(file)) from error
+
+
+def picture_roots(source: str | Path) -> tuple[Path, ...]:
+    """Return the folders that the pictures of a stream may lie in: its own, or those of what the hub's tools fetch."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return hub_roots()
+    return (path if path.is_dir() else path.parent,)
 
 
 class Stream:
@@ -103,6 +125,8 @@ class Stream:
         process_index, num_processes: whose share.
         null_captions: "skip" counts samples without caption as bad, "empty" uses the empty text.
         max_bad_fraction: stop if more of the samples are bad.
+        roots: folders that pictures named by a path may lie in; none: such samples are refused.
+        shape: (height, width) that pictures will be scaled to cover; those that it would make too large are bad.
     """
 
     def __init__(
@@ -116,6 +140,8 @@ class Stream:
         num_processes: int = 1,
         null_captions: Literal["skip", "empty"] = "skip",
         max_bad_fraction: float = 0.01,
+        roots: Sequence[Path] = (),
+        shape: tuple[int, int] | None = None,
     ) -> None:
         dataset, self._image, self._caption = _columns(dataset, image_column, caption_column)
         self._every = (1, 0)
@@ -125,7 +151,7 @@ class Stream:
             self._every = (num_processes, process_index)
         self._dataset = dataset if seed is None else dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         self._null_captions, self._max_bad_fraction = null_captions, max_bad_fraction
-        self.report = DataReport()
+        self.report, self._roots, self._shape = DataReport(), roots, shape
         self._length: int | None = None
         self._rows: dict[int, Any] = {}  # read ahead
         self._reader, self._next = self._read_epoch(0), 0
@@ -202,8 +228,15 @@ class Stream:
         if self._caption and not captions and self._null_captions == "skip":
             self.report.problems.append(Problem(where, "null caption"))
             return None
+        source = value["bytes"]
+        if source is None:
+            if not self._roots:
+                raise LdmPipeError("the sample names a picture instead of holding it", where, "Store its bytes.")
+            source = inside(value["path"], self._roots, where)
         try:
-            image = open_image(value["bytes"] if value["bytes"] is not None else Path(value["path"]), name=where)
+            image = open_image(source, name=where)
+            if self._shape is not None:
+                check_made(image.size, self._shape)
         except LdmPipeError as error:
             self.report.problems.append(Problem(where, "unreadable picture", error.what))
             return None

@@ -220,6 +220,7 @@ def picture_infos(
         "Spacing": sampling.spacing,
         "Eta": f"{sampling.eta:g}" if sampling.eta else None,
         "Sampler options": " ".join(f"{name}={value}" for name, value in sampling.options.items()) or None,
+        "Guidance": None if request.guidance is None else getattr(request.guidance, "__name__", "own"),
         "Guidance rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
         "Thresholding": None if rule.kind == "none" else threshold + ("" if rule.cap == math.inf else f" {rule.cap:g}"),
         "Clip skip": request.clip_skip,

@@ -18,19 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_pipe.sampler_table import SAMPLERS
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHUNK = "parameters"
+MAX_PIXELS = 50_000_000  # a picture is decoded only if its settings may stand behind the pixels
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_TEXT = 20_000  # characters of one prompt kept in a picture; also far above any encoder's context
 NEGATIVE = "Negative prompt:"
 _SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_SAMPLER_NAMES = {
-    "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "lms": "LMS",
-    "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "dpmpp_2s": "DPM++ 2S", "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_2m": "DPM++ 2M", "dpmpp_3m": "DPM++ 3M", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE", "plms": "PLMS", "unipc": "UniPC", "restart": "Restart", "lcm": "LCM",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,13 @@ class PngInfo:
 
 def sampler_label(sampler: str) -> str:
     """Return the name web interfaces show for one of our samplers."""
-    return _SAMPLER_NAMES.get(sampler, sampler)
+    row = SAMPLERS.get(sampler)
+    return (row and row.label) or sampler
 
 
 def sampler_from_label(label: str) -> str:
     """Return our name of a sampler from the name shown in a picture."""
-    return next((name for name, shown in _SAMPLER_NAMES.items() if shown == label), label)
+    return next((name for name, row in SAMPLERS.items() if row.label == label), label)
 
 
 def _clean(text: str) -> str:
@@ -145,9 +144,12 @@ def read_png_info(path: str | Path) -> PngInfo | None:
     """
     from PIL import Image
 
-    with Image.open(path) as image:
-        if image.format == "PNG":
-            image.load()  # text chunks may follow the pixels
+    with Image.open(path, formats=FORMATS) as image:
+        if image.format == "PNG" and CHUNK not in image.info:  # text chunks may follow the pixels
+            if image.width * image.height > MAX_PIXELS:
+                what = f"no settings before the pixels, and {image.width}x{image.height} are more than {MAX_PIXELS}"
+                raise ValueError(what)
+            image.load()
         text = getattr(image, "text", {}).get(CHUNK) or image.info.get(CHUNK)
         comment = image.info.get("comment")
         if image.format == "GIF" and isinstance(comment, bytes):

@@ -82,24 +82,28 @@ class Plan:
         return any(stage.first == i for schedule in schedules for stage in schedule.stages)
 
     def denoise(
-        self, net: Denoiser, i: int, scale: float, rescale: float, beside: Condition, beside_null: Condition
+        self,
+        net: Denoiser,
+        i: int,
+        scale: float,
+        rescale: float,
+        beside: Condition,
+        beside_null: Condition,
+        chosen: guidance.Guidance | None = None,
     ) -> Denoise:
         """Build the guided network of step i; up to a scale of 1 branches still add up, without guidance beyond.
 
         Args:
             beside: what is joined to every condition, such as sizes and the known part of a picture.
             beside_null: and to the unconditional one.
+            chosen: the caller's guidance.
         """
         stage = self.cond.at(i)
         conds = [condition.join(beside) for condition in stage.conditions]
         uncond = None if self.uncond is None else self.uncond.at(i).conditions[0].join(beside_null)
-        if not stage.is_plain:
-            assert uncond is not None
-            rescale = rescale if scale > 1 else 0.0
-            return guidance.composed(net, conds, stage.weights, uncond, max(scale, 1.0), rescale=rescale)
-        if uncond is None or scale <= 1:
-            return guidance.cfg(net, conds[0], None, 1.0)
-        return guidance.cfg(net, conds[0], uncond, scale, rescale=rescale)
+        weights = None if stage.is_plain else stage.weights
+        assert weights is None or uncond is not None
+        return guidance.guide(net, conds, weights, uncond, scale, rescale=rescale, guidance=chosen)
 
 
 def plan_prompts(pipe: LatentDiffusionPipeline, request: Request, num_steps: int) -> Plan | None:

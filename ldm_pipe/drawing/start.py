@@ -32,8 +32,12 @@ def fitting(size: Sequence[int], side: int) -> tuple[int, int]:
 
     Args:
         size: its height and width.
+    Raises: LdmPipeError for a strip so long and thin that it would become more than 50 million pixels.
     """
+    from ldm_pipe.data.images import check_made
+
     height, width = size
+    check_made((width, height), (side, side))
     if width >= height:
         return side, max(round(side / 8 * width / height) * 8, 8)
     return max(round(side / 8 * height / width) * 8, 8), side

@@ -207,11 +207,10 @@ def build_denoise(
     net = Denoiser(pipe.unet, pipe.schedule, pipe.schedule.prediction)
     if plan is not None:
         beside = [Condition(spatial=c.spatial, labels=c.labels) for c in (cond, uncond or cond)]
-        denoise = plan.denoise(net, i, scale, request.guidance_rescale, *beside)
-    elif uncond is None or scale <= 1:
-        denoise = guidance.cfg(net, cond, None, 1.0)
+        denoise = plan.denoise(net, i, scale, request.guidance_rescale, *beside, request.guidance)
     else:
-        denoise = guidance.cfg(net, cond, uncond, scale, rescale=request.guidance_rescale)
+        rescale = request.guidance_rescale
+        denoise = guidance.guide(net, [cond], None, uncond, scale, rescale=rescale, guidance=request.guidance)
     rule = request.thresholding
     if rule.kind == "none":
         return denoise

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import resize, to_tensor
+from ldm_pipe.masking import masked
 from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.run.environment import git_commit, hardware
 from ldm_pipe.training.run.figures import figure_png, subplots
@@ -37,7 +38,7 @@ def write_results(folder: Path, device: torch.device, facts: dict[str, Any], beg
         began: reading of `time.perf_counter()` at the start.
     """
     report = {
-        "command": "python " + shlex.join(sys.argv),
+        "command": "python " + shlex.join(masked(sys.argv)),
         "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": hardware(device),

@@ -6,163 +6,20 @@ is in interop/lora.py and interop/textual_inversion.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conditioning import CLIPTextEncoder
-from ldm_pipe.interop.lora.file import WEIGHT_NAME, Layers, networks_of, read_lora, save_lora
-from ldm_pipe.interop.lora.forms import changed
-from ldm_pipe.interop.lora.words import forget_words, load_word
+from ldm_pipe.interop.lora.file import WEIGHT_NAME, networks_of, save_lora
+from ldm_pipe.interop.lora.words import bundled_words, forget_words, load_word, teach_word
+from ldm_pipe.interop.pickles.checkpoint import PICKLES
+from ldm_pipe.pipelines.loras import Adapter, Loras, Weight
 from ldm_pipe.pretrained import LdmPipeError, resolve_folder, safe_child
 
-Weight = float | Mapping[str, float]  # for all networks, or {"unet": 0.5, "text_encoder": 1.0}
 WORD_NAME = "learned_embeds.safetensors"  # diffusers' name of a word in a folder
-
-
-@dataclass
-class _Adapter:
-    """One LoRA: its layers, how strongly it acts on each network, and whether it acts at all."""
-
-    layers: Layers
-    weight: Weight = 1.0
-    active: bool = True
-    fused: float | None = None  # the further factor of `fuse`
-
-    def scale(self, part: str) -> float:
-        """Return the factor of its changes of one network."""
-        if not self.active:
-            return 0.0
-        weight = self.weight if isinstance(self.weight, (int, float)) else self.weight.get(part, 1.0)
-        return float(weight) * (1.0 if self.fused is None else self.fused)
-
-
-@dataclass
-class Loras:
-    """The LoRAs of some networks: any number, each with its weight, merged into the weights of the modules.
-
-        W = W0 + sum_i weight_i change_i(W0)
-
-    in float32, rounded once to the dtype of W. The touched W0 are kept beside, on the CPU, so that taking LoRAs out
-    again gives back their very bits.
-    """
-
-    networks: dict[str, nn.Module]
-    adapters: dict[str, _Adapter] = field(default_factory=dict)
-    enabled: bool = True
-    _plain: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-
-    def add(self, source: str | Path | Mapping[str, Tensor], name: str, weight: Weight = 1.0) -> None:
-        """Load a file (or its tensors) and merge it.
-
-        Raises: LdmPipeError if it does not fit or the name is taken; then nothing has changed.
-        """
-        if not name or name in self.adapters:
-            raise LdmPipeError(f"there is a LoRA {name!r} already", str(source)[:200], "Give it another name.")
-        self._check_weight(name, weight)
-        self.adapters[name] = _Adapter(read_lora(source, self.networks), weight)
-        self._apply()
-
-    def set(self, weights: Mapping[str, Weight]) -> None:
-        """Let these LoRAs act with these weights, and no others; fused ones stay as they are.
-
-        Raises: LdmPipeError for an unknown or fused name, or a weight that is no number.
-        """
-        for name, weight in weights.items():
-            if self._known(name).fused is not None:
-                raise LdmPipeError(f"the LoRA {name!r} is fused", "set_adapters", "Call unfuse_lora() first.")
-            self._check_weight(name, weight)
-        for name, adapter in self.adapters.items():
-            if adapter.fused is None:
-                adapter.active = name in weights
-                adapter.weight = weights.get(name, adapter.weight)
-        self._apply()
-
-    def enable(self, enabled: bool) -> None:
-        """Let the LoRAs that are not fused act, or none of them."""
-        self.enabled = enabled
-        self._apply()
-
-    def fuse(self, factor: float = 1.0, names: Sequence[str] | None = None) -> None:
-        """Fix LoRAs (None: the active ones) at their weight times a factor, until `unfuse`."""
-        if not math.isfinite(factor):
-            raise LdmPipeError(f"lora_scale is {factor}", "fuse_lora", "Use a finite number.")
-        chosen = [name for name, adapter in self.adapters.items() if adapter.active] if names is None else names
-        found = [self._known(name) for name in chosen]
-        if not found or not self.enabled:
-            raise LdmPipeError("no LoRA is active", "fuse_lora", "Load one, or enable_lora().")
-        for adapter in found:
-            adapter.fused = factor if adapter.fused is None else adapter.fused
-        self._apply()
-
-    def unfuse(self) -> None:
-        """Undo `fuse`: the LoRAs act with their own weights, which can be changed again."""
-        for adapter in self.adapters.values():
-            adapter.fused = None
-        self._apply()
-
-    def delete(self, names: Sequence[str]) -> None:
-        """Take LoRAs out and forget them.
-
-        Raises: LdmPipeError for an unknown or fused name; then nothing has changed.
-        """
-        if any(self._known(name).fused is not None for name in names):
-            raise LdmPipeError(f"one of {list(names)} is fused", "delete_adapters", "Call unfuse_lora() first.")
-        for name in names:
-            del self.adapters[name]
-        self._apply()
-
-    def unload(self) -> None:
-        """Forget all: those that are fused stay in the weights for good, as in diffusers, the others leave."""
-        self.delete([name for name, adapter in self.adapters.items() if adapter.fused is None])
-        self.adapters.clear()
-        self._plain.clear()
-        self.enabled = True
-
-    def _known(self, name: str) -> _Adapter:
-        if name not in self.adapters:
-            raise LdmPipeError(f"there is no LoRA {name!r}", "LoRA", f"Loaded are {sorted(self.adapters)}.")
-        return self.adapters[name]
-
-    def _check_weight(self, name: str, weight: Any) -> None:
-        numbers = weight.values() if isinstance(weight, Mapping) else [weight]
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
-            raise LdmPipeError(f"the weight of {name!r} is {weight!r:.80}", "LoRA", "Use a number, or one by network.")
-        if isinstance(weight, Mapping) and not weight.keys() <= self.networks.keys():
-            fix = f"Known are {sorted(self.networks)}; weights by block are not."
-            raise LdmPipeError(f"weights of {sorted(weight)} for {name!r}", "LoRA", fix)
-
-    @torch.no_grad()
-    def _apply(self) -> None:
-        """Write every touched weight anew, from its plain value."""
-        wanted = {place for adapter in self.adapters.values() for place in adapter.layers}
-        for part, module in sorted(wanted | set(self._plain)):
-            weight = self.networks[part].get_submodule(module).weight
-            assert isinstance(weight, Tensor)
-            place = (part, module)
-            if place not in self._plain:
-                self._plain[place] = weight.detach().to("cpu", copy=True)
-            plain = self._plain[place]
-            active = [
-                (adapter.scale(part), adapter.layers[place])
-                for adapter in self.adapters.values()
-                if place in adapter.layers and (self.enabled or adapter.fused is not None) and adapter.active
-            ]
-            if not active:
-                weight.copy_(plain)
-                continue
-            first = plain.to(weight.device).float()
-            total = first
-            for scale, layer in active:
-                total = total + changed(layer, first, scale)
-            weight.copy_(total)
-        for place in set(self._plain) - wanted:
-            del self._plain[place]
 
 
 class Adapters:
@@ -171,6 +28,7 @@ class Adapters:
     text_encoders: tuple[Any, ...]
     _loras: Loras | None = None
     _words: dict[str, str] | None = None  # loaded, and their files
+    _bundled: dict[str, list[str]] | None = None  # words that lay in the file of a LoRA
 
     @property
     def loras(self) -> Loras:
@@ -191,8 +49,9 @@ class Adapters:
     ) -> None:
         """Load a LoRA, DoRA, LoHa or LoKr file of diffusers, PEFT, kohya or LyCORIS; it acts at once, with weight 1.
 
-        Unlike in diffusers, it is merged into the weights (those without it are kept), so that drawing costs nothing
-        more; and a file with anything that would be left unread is refused.
+        Words that lie in the file (`bundle_emb`) are taught along, and forgotten with it. Unlike in diffusers, it is
+        merged into the weights (those without it are kept), so that drawing costs nothing more; and a file with
+        anything that would be left unread is refused.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder or hub id with one, or its tensors.
@@ -204,7 +63,18 @@ class Adapters:
         if not isinstance(source, Mapping):
             options = {"subfolder": subfolder, "local_files_only": local_files_only, "revision": revision}
             source = _find(source, weight_name, WEIGHT_NAME, **options)
-        self.loras.add(source, adapter_name or f"default_{len(self.loras.adapters)}")
+        name = adapter_name or f"default_{len(self.loras.adapters)}"
+        words = bundled_words(source)
+        encoders = self._word_encoders() if words else []
+        taught: list[str] = []
+        try:
+            for word, vectors in words.items():
+                taught.append(teach_word(encoders, word, vectors, f"{source!s:.200}"))
+            self.loras.add(source, name)
+        except LdmPipeError:
+            self._forget(taught)
+            raise
+        self._bundled = {**(self._bundled or {}), name: taught}
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] | None = None
@@ -232,7 +102,9 @@ class Adapters:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take LoRAs out and forget them."""
-        self.loras.delete([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.loras.delete(names)
+        self._forget_bundled(names)
 
     def disable_lora(self) -> None:
         """Give the networks back their own weights, to the bit; the LoRAs stay loaded."""
@@ -256,6 +128,17 @@ class Adapters:
     def unload_lora_weights(self) -> None:
         """Forget all LoRAs: the networks have their own weights again, to the bit, and those of fused LoRAs."""
         self.loras.unload()
+        self._forget_bundled(list(self._bundled or {}))
+
+    def _forget_bundled(self, names: Sequence[str]) -> None:
+        """Forget the words that lay in the files of LoRAs."""
+        bundled = self._bundled or {}
+        self._forget([word for name in names for word in bundled.get(name, ())])
+        self._bundled = {name: words for name, words in bundled.items() if name not in names}
+
+    def _forget(self, words: Sequence[str]) -> None:
+        for encoder in self._word_encoders() if words else ():
+            forget_words(encoder, words)
 
     def save_lora_weights(
         self, save_directory: str | Path, adapter_name: str | None = None, *, weight_name: str = WEIGHT_NAME
@@ -317,12 +200,12 @@ class Adapters:
             self._words = {**(self._words or {}), word: str(path)}
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
-        """Forget words that were loaded; None: all. The tables are what they were, to the bit."""
-        names = [tokens] if isinstance(tokens, str) else None if tokens is None else list(tokens)
+        """Forget words that were loaded; None: all of those, not the model's own. The tables get back their bits."""
+        names = [tokens] if isinstance(tokens, str) else list(self._words or {} if tokens is None else tokens)
         for encoder in self._word_encoders():
             forget_words(encoder, names)
         kept = (self._words or {}).items()
-        self._words = {} if names is None else {word: path for word, path in kept if word not in names}
+        self._words = {word: path for word, path in kept if word not in names}
 
     def _word_encoders(self) -> list[CLIPTextEncoder]:
         encoders = [encoder for encoder in self.text_encoders if isinstance(encoder, CLIPTextEncoder)]
@@ -334,7 +217,7 @@ class Adapters:
         return encoders
 
 
-def _weight(adapter: _Adapter) -> str:
+def _weight(adapter: Adapter) -> str:
     """Write a weight as one number, or by network."""
     factor = 1.0 if adapter.fused is None else adapter.fused
     if isinstance(adapter.weight, Mapping):
@@ -358,7 +241,7 @@ def _find(
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if path.suffix in (".safetensors", ".bin", ".pt"):
+    if path.suffix in (".safetensors", *PICKLES):
         raise LdmPipeError("no such file", str(path), "Give the path of an existing one, a folder, or a hub id.")
     folder = resolve_folder(name, local_files_only=local_files_only, revision=revision)
     folder = safe_child(folder, subfolder, "subfolder") if subfolder else folder
@@ -366,9 +249,10 @@ def _find(
         return safe_child(folder, weight_name, str(folder))
     if (folder / "adapter_config.json").is_file():  # PEFT's own
         return folder
-    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    chosen = [path for path in found if path.name == usual] or found
+    there = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    found = [path for path in there if path.suffix == ".safetensors"] or [p for p in there if p.suffix in PICKLES]
+    chosen = [path for path in found if path.stem == Path(usual).stem] or found
     if len(chosen) != 1:
-        there = [path.name for path in found][:10]
+        there = [path.name for path in found or there][:10]
         raise LdmPipeError(f"the file is not named and there are {there}", str(folder), "Name one as weight_name.")
     return chosen[0]

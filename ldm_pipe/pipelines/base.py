@@ -47,6 +47,18 @@ class Call:
         self.given_scheduler: Any = None
         self.begin_call(1.0, 0)
 
+    def __repr__(self) -> str:
+        """Show the parts, one a line."""
+        pipe: Any = self
+        lines = [f"{type(self).__name__} {self.name}".rstrip()]
+        for name, part in pipe.components.items():
+            millions = sum(weight.numel() for weight in part.parameters()) / 1e6
+            lines.append(f"  {name}: {type(part).__name__}, {millions:.1f}M weights, {part.device}, {part.dtype}")
+        law, defaults = self.schedule, self.defaults.to_json()
+        lines.append(f"  schedule: {type(law).__name__}, prediction {law.prediction}")
+        lines.append(f"  defaults: {', '.join(f'{name}={value}' for name, value in defaults.items()) or 'none'}")
+        return "\n".join(lines)
+
     # Which noise law and sampler
 
     @property

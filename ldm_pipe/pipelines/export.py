@@ -126,7 +126,7 @@ def export_diffusers(
 
     Args:
         source: as for `LatentDiffusionPipeline.from_pretrained`.
-        dtype: of all parts (FAULTS: parts of different dtypes fail on the first call).
+        dtype: of all parts: a pipeline with parts of different dtypes fails on its first call.
         sampler: which one diffusers starts with; None is the model's own.
         check: load the folder with diffusers, draw one picture from the same latents with both, compare.
     Raises: LdmPipeError with the reason, and no folder is left behind, if the model cannot be represented, the target

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from ldm_pipe.drawing.output import (
 from ldm_pipe.drawing.placement import Placement, read_device, read_dtype
 from ldm_pipe.drawing.prompting import plan_prompts
 from ldm_pipe.drawing.request.request import Request, check_request
-from ldm_pipe.drawing.request.texts import check_second, check_text
+from ldm_pipe.guidance.pair import Guidance
 from ldm_pipe.interop.folders.folder import Parts, check_fit, find_folder, load_parts
 from ldm_pipe.interop.pickles.convert import without_pickles
 from ldm_pipe.networks import UNet
 from ldm_pipe.pipelines.adapters import Adapters
 from ldm_pipe.pipelines.base import Call
+from ldm_pipe.pipelines.replace import encode_both, replace_parts
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import Law
 
@@ -104,6 +105,10 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         local_files_only: bool = False,
         revision: str | None = None,
         device: str | torch.device = "cpu",
+        unet: UNet | None = None,
+        vae: Autoencoder | None = None,
+        text_encoder: AnyTextEncoder | None = None,
+        scheduler: Any = None,
     ) -> LatentDiffusionPipeline:
         """Load the shipped model (None), a folder, a training run, or a model of the hub.
 
@@ -115,6 +120,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             use_safetensors: False takes `.bin` parts too: a process of its own, without network, turns them into
                 safetensors in a temporary folder (tensors only; code in them never runs). Else they are refused.
             device: that the weights are read to, without a copy on the CPU.
+            unet, vae, text_encoder, scheduler: in place of the folder's (text_encoder: of its first); checked for fit.
         Raises: LdmPipeError naming file and cause.
         """
         if dtype is not None and torch_dtype is not None and read_dtype(dtype) != read_dtype(torch_dtype):
@@ -130,12 +136,46 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         )
         with without_pickles(root) if use_safetensors is False else contextlib.nullcontext(root) as safe:
             parts = load_parts(safe, dtype=chosen, variant=variant, device=device)
+        own = {"unet": unet, "autoencoder": vae}
+        if text_encoder is not None:
+            own["text_encoders"] = (text_encoder, *parts.text_encoders[1:])
+        own = {name: part for name, part in own.items() if part is not None}
+        parts = replace(parts, **own, **({"golden": None, "model_hash": None} if own else {}))
         pipe = cls.from_parts(parts)
         if parts.golden is not None and chosen == torch.float32 and pipe.device.type == "cpu":
             from ldm_pipe.drawing.golden import check_golden
 
             check_golden(pipe, parts.golden, str(root))
+        if scheduler is not None:
+            pipe.scheduler = scheduler
         return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        ema: bool = False,
+        prediction: str | None = None,
+        like: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> LatentDiffusionPipeline:
+        """Load an original single file (Stable Diffusion 1, 2, XL), turned into a temporary folder each time.
+
+        Args:
+            ema: take the U-Net's moving averages, where the file has them.
+            prediction: "eps" or "v", where the file does not say, as those of Stable Diffusion 2.
+            like: a diffusers folder of the same architecture, for files of no known family.
+            tokenizer: a folder with CLIP's `vocab.json` and `merges.txt`; None takes `like`'s, or open_clip's.
+        Raises: LdmPipeError naming file, tensor and cause.
+        """
+        from ldm_pipe.interop.from_file import as_folder
+
+        with as_folder(path, ema=ema, prediction=prediction, like=like, tokenizer=tokenizer) as folder:
+            return cls.from_pretrained(folder, torch_dtype=torch_dtype, dtype=dtype, device=device)
 
     def save_pretrained(
         self,
@@ -158,19 +198,35 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             raise LdmPipeError("safe_serialization=False", how_to_fix="Weights are written as safetensors only.")
         from ldm_pipe.interop.folders.save import save_pipeline
 
-        save_pipeline(
-            self, Path(save_directory), variant=variant, dtype=read_dtype(dtype) if dtype else self.dtype, card=card
-        )
+        kept = read_dtype(dtype) if dtype else self.dtype
+        save_pipeline(self, Path(save_directory), variant=variant, dtype=kept, card=card)
 
     @property
     def vae(self) -> Autoencoder:
         """Return the autoencoder, by diffusers' name."""
         return self.autoencoder
 
+    @vae.setter
+    def vae(self, autoencoder: Autoencoder) -> None:
+        self.put(autoencoder=autoencoder)
+
+    def put(self, **parts: Any) -> None:
+        """Replace parts of the pipeline by others, all at once: `pipe.put(unet=..., autoencoder=...)`.
+
+        Raises: LdmPipeError if they do not belong together, or while LoRAs are merged into those that go; then nothing
+            has changed.
+        """
+        replace_parts(self, parts)
+        self._loras = self.model_hash = None
+
     @property
     def text_encoder(self) -> AnyTextEncoder | None:
         """Return the first text encoder, by diffusers' name."""
         return self.text_encoders[0] if self.text_encoders else None
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: AnyTextEncoder) -> None:
+        self.put(text_encoders=(encoder, *self.text_encoders[1:]))
 
     @property
     def tokenizer(self) -> Any:
@@ -236,6 +292,7 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
         prompt_syntax: str | Mapping[str, Any] = "plain",
         deterministic_batch: bool = False,
         return_latents: bool = False,
+        guidance: Guidance | None = None,
     ) -> LatentDiffusionOutput | tuple[Any, Any]:
         """Draw pictures.
 
@@ -250,7 +307,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             latents: unit Gaussian noise to start from, (B, C, h, w).
             output_type: "pil", "np", "pt" or "latent".
             timesteps, sigmas: the times shown to the network, or the noise levels, one by one instead of spacing.
-            sampler: one of `samplers.NAMES`, or a scheduler object of diffusers; None is `pipe.scheduler`'s.
+            sampler: one of `samplers.NAMES`, a function of their form, or a scheduler object of diffusers; None is
+                `pipe.scheduler`'s.
             spacing: "leading", "trailing", "karras", "ddim25", ...; see `Law.steps`.
             sampler_options: the sampler's own keywords, such as {"order": 3}.
             thresholding: "none", "static", "dynamic", or a mapping of kind, percentile, max_value, space and cap;
@@ -270,6 +328,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             prompt_syntax: "weighted" reads `(red:1.3)`, `AND`, `[from:to:when]`, `BREAK` (docs/conditioning.md).
             deterministic_batch: draw one by one, so that a picture has the same bits in any batch.
             return_latents: also return what the pictures were decoded from.
+            guidance: (denoiser, conds, weights, uncond) -> denoise, in place of classifier-free guidance; conds are one
+                Condition, or one per branch; weights are theirs, (K, B). The scale is its own.
         Returns: LatentDiffusionOutput, or (images, None) for return_dict=False.
         Raises: LdmPipeError naming argument, value and range, before any work.
         """
@@ -298,8 +358,6 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
             latents=z if request.return_latents else None,
             infos=picture_infos(request, self.name, self.model_hash, self.adapter_settings()),
         )
-
-    # The stages
 
     def _draw(self, request: Request) -> tuple[Tensor, Tensor]:
         """Run the three stages for one batch: (z, image)."""
@@ -335,17 +393,8 @@ class LatentDiffusionPipeline(Editing, Adapters, Placement, Call):
 
         Where the model reads pooled vectors, `pooled_prompt_embeds` and `negative_pooled_prompt_embeds` follow, (B, P).
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative = negative_prompt or ""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        for text in (*prompts, *negatives):
-            check_text("prompt", text)
-        given: dict[str, Any] = {"prompt_2": prompt_2, "negative_prompt_2": negative_prompt_2}
-        given |= {"prompt_embeds": None, "negative_prompt_embeds": None}
-        second = check_second(self, given, len(prompts), guided=True)
         is_zero = self.zero_empty_prompt and negative_prompt is None and negative_prompt_2 is None
-        with torch.no_grad():
-            cond = drawing.encode(self, prompts, clip_skip, second[0])
-            uncond = cond.zeros() if is_zero else drawing.encode(self, negatives, None, second[1])
-        pairs = ((cond.tokens, uncond.tokens), (cond.pooled, uncond.pooled))
-        return tuple(value for pair in pairs for value in pair if value is not None)
+        return encode_both(self, prompts, negatives, prompt_2, negative_prompt_2, clip_skip=clip_skip, is_zero=is_zero)

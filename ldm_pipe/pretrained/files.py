@@ -9,8 +9,8 @@ import contextlib
 import json
 import mmap
 import os
-import re
-import tempfile
+import stat
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -29,6 +29,11 @@ MAPS = os.name == "posix"  # elsewhere a mapped file cannot be replaced
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# Eight bits: read as float16, which holds each of their values. They are made to be stored, not to be reckoned with.
+FLOAT8 = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
 
@@ -70,36 +75,52 @@ def read_json(path: str | Path) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LdmPipeError("the file does not exist", str(path), "Check the path, or fetch the folder anew.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also whole numbers of more than 4300 digits
+        if isinstance(error, LdmPipeError):
+            raise
         raise LdmPipeError(f"cannot be read as JSON ({error})", str(path), "Fetch or export the folder anew.") from None
     if _json_depth(value) > MAX_JSON_DEPTH:
         raise LdmPipeError(f"nested deeper than {MAX_JSON_DEPTH} levels", str(path), "This is not a config.")
     return value
 
 
-def _umask_mode() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+def new_file(beside: Path) -> tuple[Path, int]:
+    """Make an empty file of a name of its own in the folder of another; the kernel gives it the mode of the umask.
+
+    Asking for the umask means setting it, for all threads: files made meanwhile would be open to everybody.
+    Returns: its path, and its mode.
+    """
+    path = beside.with_name(f".{beside.name[:40]}.{uuid.uuid4().hex[:12]}.tmp")
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return path, stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+def new_folder(beside: Path) -> Path:
+    """Make an empty folder of a name of its own beside another path, with the mode that the umask asks for."""
+    path = beside.with_name(f".{beside.name[:40]}.{uuid.uuid4().hex[:12]}.tmp")
+    path.mkdir(mode=0o777)
+    return path
 
 
 @contextlib.contextmanager
 def _atomically(path: Path, num_bytes: int) -> Iterator[Path]:
     """Give a temporary name to write to; then flush it to disk and rename it. It is there whole or not at all.
 
-    The file gets the mode the umask asks for (safetensors' own writer leaves 0600).
+    The file gets the mode the umask asks for.
     Raises: LdmPipeError naming the path if it cannot be written.
     """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary, mode = new_file(path)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, _umask_mode())
+        if stat.S_IMODE(os.stat(temporary).st_mode) != mode:  # safetensors' own writer leaves 0600
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
         temporary = None
         sync_folder(path.parent)
@@ -150,13 +171,15 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 def _view(file: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
     """Show one tensor of a mapped file."""
-    dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+    stored = FLOAT8.get(entry["dtype"])
+    dtype, shape = stored or SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
     first, last = entry["data_offsets"]
     if first == last:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=torch.float16 if stored else dtype)
     data = torch.frombuffer(file, dtype=torch.uint8, count=last - first, offset=start + first)
     aligned = (start + first) % dtype.itemsize == 0
-    return (data if aligned else data.clone()).view(dtype).view(shape)
+    values = (data if aligned else data.clone()).view(dtype).view(shape)
+    return values.half() if stored else values
 
 
 def _place(source: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -191,6 +214,19 @@ def first_ten(lines: Iterable[str]) -> str:
     return "; ".join(lines[:10]) + more
 
 
+def refuse_dtypes(found: Iterable[str], where: str) -> None:
+    """Refuse number types that are not read, and tell of those that are read as others.
+
+    Raises: LdmPipeError naming them.
+    """
+    found = set(found)
+    if unknown := sorted(found - SAFETENSORS_DTYPES.keys() - FLOAT8.keys()):
+        fix = f"Save it in one of {', '.join(SAFETENSORS_DTYPES)}."
+        raise LdmPipeError(f"the file is whole, but its numbers of type {unknown} are not read", where, fix)
+    if eight := sorted(found & FLOAT8.keys()):
+        warnings.warn(f"{where}: {eight} are read as float16; what 8 bits rounded away stays lost", stacklevel=3)
+
+
 def load_tensors(
     path: str | Path,
     *,
@@ -219,9 +255,7 @@ def load_tensors(
             start = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(start - 8))
             header.pop("__metadata__", None)
-            unknown = sorted({entry["dtype"] for entry in header.values()} - SAFETENSORS_DTYPES.keys())
-            if unknown:
-                raise ValueError(f"tensors of the types {unknown}")
+            refuse_dtypes({entry["dtype"] for entry in header.values()}, str(path))
             file = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         for name, entry in header.items():
             source = _view(file, start, entry)
@@ -232,10 +266,24 @@ def load_tensors(
             if finite and not is_finite(found[name]):
                 bad.append(name)
             _forget(file, *(start + offset for offset in entry["data_offsets"]))
+    except LdmPipeError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch or export it anew.") from None
     refuse_nonfinite(bad, str(path))
     return found
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """Read the names of the tensors of a safetensors file, from its header alone.
+
+    Raises: LdmPipeError naming the file if it is missing, truncated or of another format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise LdmPipeError(f"not a whole safetensors file ({error})", str(path), "Fetch it anew.") from None
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -272,88 +320,3 @@ def check_links(folder: Path) -> None:
             if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
                 what = f"{path.relative_to(base)} is a link to {path.resolve()}, outside of the folder"
                 raise LdmPipeError(what, str(folder), "Copy what it links to, or do not trust this model.")
-
-
-def load_folder_tensors(
-    folder: Path,
-    weights_name: str,
-    variant: str | None = None,
-    **target: Any,
-) -> dict[str, Tensor]:
-    """Read the weights of one component: one safetensors file, or shards with their index.
-
-    A part that has no files of the variant, in a model of which another part has, is read without it, with a warning.
-
-    Args:
-        target: device, dtype, memory_format, finite and mapped, as for `load_tensors`.
-    Raises: LdmPipeError if there is no such file, or more than one candidate; pickles are named but not read.
-    """
-    check_links(folder)
-    found = _candidates(folder, weights_name, variant)
-    if not found and variant and _model_has(folder.parent, variant):
-        found = _candidates(folder, weights_name, None)
-        if found:
-            warnings.warn(f"{folder.name} has no variant {variant!r}: {found[0].name} is read", stacklevel=2)
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise LdmPipeError(f"there are {names}", str(folder), "Keep one of them: it is not said which one counts.")
-    if not found:
-        raise _no_weights(folder, weights_name, variant)
-    if found[0].suffix == ".safetensors":
-        return load_tensors(found[0], **target)
-    return _load_shards(found[0], **target)
-
-
-def _candidates(folder: Path, weights_name: str, variant: str | None) -> list[Path]:
-    dot = f".{variant}" if variant else ""
-    names = (
-        f"{weights_name}{dot}.safetensors",
-        f"{weights_name}.safetensors.index{dot}.json",
-        f"{weights_name}{dot}.safetensors.index.json",
-    )
-    return [path for name in dict.fromkeys(names) if (path := safe_child(folder, name, str(folder))).is_file()]
-
-
-def _model_has(root: Path, variant: str) -> bool:
-    endings = (f".{variant}.safetensors", f".index.{variant}.json", f".{variant}.safetensors.index.json")
-    return (root / "model_index.json").is_file() and any(path.name.endswith(endings) for path in root.glob("*/*"))
-
-
-def _no_weights(folder: Path, weights_name: str, variant: str | None) -> LdmPipeError:
-    """Say what is there instead, and what to do."""
-    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if not present:
-        return LdmPipeError("the folder is missing or empty", str(folder), "Fetch or export it anew.")
-    pickles = [name for name in present if name.endswith(".bin")]
-    pattern = rf"{re.escape(weights_name)}\.([^.]+)\.safetensors|.*\.safetensors\.index\.([^.]+)\.json"
-    variants = sorted({m[1] or m[2] for name in present if (m := re.fullmatch(pattern, name))})
-    fix = "Give a folder with safetensors weights, or another `variant`."
-    if variants:
-        fix = f"Name a variant: {', '.join(map(repr, variants))}."
-    elif pickles:
-        fix = (
-            "Pickles can run code and are not read here: turn the model into safetensors once with `ldm-pipe convert "
-            "FOLDER NEW_FOLDER`, or let the pipeline do it each time with use_safetensors=False."
-        )
-    dot = f".{variant}" if variant else ""
-    return LdmPipeError(f"no {weights_name}{dot}.safetensors there, only {present}", str(folder), fix)
-
-
-def _load_shards(index: Path, **target: Any) -> dict[str, Tensor]:
-    """Read shards; each must hold exactly what the index says.
-
-    Raises: LdmPipeError naming the first ten tensors that are missing or too many.
-    """
-    content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise LdmPipeError("its weight_map does not say which file holds which tensor", str(index), "Fetch it anew.")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        shard = load_tensors(safe_child(index.parent, name, str(index)), **target)
-        wrong = sorted(shard.keys() ^ {key for key, file in places.items() if file == name})
-        if wrong:
-            what = f"{name} and its index differ in {len(wrong)} tensors: {', '.join(wrong[:10])}"
-            raise LdmPipeError(what, str(index), "Fetch all shards anew.")
-        tensors |= shard
-    return tensors

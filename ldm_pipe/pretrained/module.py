@@ -22,7 +22,6 @@ from ldm_pipe.pretrained.files import (
     check_links,
     first_ten,
     is_finite,
-    load_folder_tensors,
     load_tensors,
     read_json,
     read_metadata,
@@ -31,6 +30,7 @@ from ldm_pipe.pretrained.files import (
     save_tensors,
     sync_folder,
 )
+from ldm_pipe.pretrained.weights import load_folder_tensors
 
 __all__ = [
     "FrozenConfig",
@@ -212,6 +212,9 @@ class PretrainedModule(nn.Module):
         """Map older key layouts to the present one. Default: as they are."""
         return tensors
 
+    def fit_tables(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Grow tables that may have more rows than the config says. Default: there are none."""
+
     @classmethod
     def from_pretrained(
         cls: type[ModuleT],
@@ -251,6 +254,7 @@ class PretrainedModule(nn.Module):
         target |= {"finite": True, "mapped": True}
         tensors = load_folder_tensors(root, cls.weights_name, variant, **target)
         tensors = cls.rename_keys(without_wrapper(tensors, str(root)))
+        module.fit_tables(tensors, str(root))
         check_shapes(module, tensors, str(root))
         module.load_state_dict(tensors, assign=True, strict=True)
         stranded = [name for name, buffer in module.named_buffers() if buffer.is_meta]

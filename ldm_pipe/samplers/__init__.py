@@ -1,99 +1,52 @@
 """Samplers: pure functions (denoise, x, steps) -> x that read like the algorithm.
 
 They know `Steps`, `Denoise` and `Noise` only. `get(name)` finds one by name, with the grid of times it is customarily
-run on.
+run on. Which there are stands in `ldm_pipe/sampler_table.py`: each name of that table is a function of this package.
 """
 
+# ruff: noqa: F401  (what is offered is the table)
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ldm_pipe.denoiser import Denoise
 from ldm_pipe.noise import Draw, Noise
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.sampler_table import SAMPLERS
 from ldm_pipe.samplers.common import Callback
-from ldm_pipe.samplers.ddim import ddim
-from ldm_pipe.samplers.ddpm import ddpm
-from ldm_pipe.samplers.deis import deis
-from ldm_pipe.samplers.dpm2 import dpm2, dpm2_ancestral
-from ldm_pipe.samplers.dpmpp import dpmpp_2m, dpmpp_3m
-from ldm_pipe.samplers.dpmpp_2s import dpmpp_2s, dpmpp_2s_ancestral
-from ldm_pipe.samplers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
-from ldm_pipe.samplers.euler import euler, euler_ancestral
-from ldm_pipe.samplers.heun import edm, heun
 from ldm_pipe.samplers.inversion import ddim_inversion
-from ldm_pipe.samplers.langevin import annealed_langevin, predictor_corrector
-from ldm_pipe.samplers.lcm import lcm
-from ldm_pipe.samplers.lms import lms
 from ldm_pipe.samplers.names import suggest
-from ldm_pipe.samplers.plms import plms
-from ldm_pipe.samplers.restart import restart
-from ldm_pipe.samplers.unipc import unipc
 from ldm_pipe.schedule import Grid, Steps
 
-__all__ = [
-    "NAMES",
-    "Callback",
-    "Noise",
-    "Sampler",
-    "annealed_langevin",
-    "ddim",
-    "ddim_inversion",
-    "ddpm",
-    "deis",
-    "dpm2",
-    "dpm2_ancestral",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_2s",
-    "dpmpp_2s_ancestral",
-    "dpmpp_3m",
-    "dpmpp_3m_sde",
-    "dpmpp_sde",
-    "edm",
-    "euler",
-    "euler_ancestral",
-    "get",
-    "heun",
-    "lcm",
-    "lms",
-    "plms",
-    "predictor_corrector",
-    "restart",
-    "unipc",
-]
+if TYPE_CHECKING:  # the loop below, spelt out for type checkers
+    from ldm_pipe.samplers.ddim import ddim
+    from ldm_pipe.samplers.ddpm import ddpm
+    from ldm_pipe.samplers.deis import deis
+    from ldm_pipe.samplers.dpm2 import dpm2, dpm2_ancestral
+    from ldm_pipe.samplers.dpmpp import dpmpp_2m, dpmpp_3m
+    from ldm_pipe.samplers.dpmpp_2s import dpmpp_2s, dpmpp_2s_ancestral
+    from ldm_pipe.samplers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
+    from ldm_pipe.samplers.euler import euler, euler_ancestral
+    from ldm_pipe.samplers.heun import edm, heun
+    from ldm_pipe.samplers.langevin import annealed_langevin, predictor_corrector
+    from ldm_pipe.samplers.lcm import lcm
+    from ldm_pipe.samplers.lms import lms
+    from ldm_pipe.samplers.plms import plms
+    from ldm_pipe.samplers.restart import restart
+    from ldm_pipe.samplers.unipc import unipc
 
-Name = Literal[
-    "ddpm",
-    "ddim",
-    "euler",
-    "dpmpp_2m",
-    "euler_ancestral",
-    "heun",
-    "edm",
-    "lms",
-    "dpm2",
-    "dpm2_ancestral",
-    "dpmpp_2s",
-    "dpmpp_2s_ancestral",
-    "dpmpp_3m",
-    "dpmpp_sde",
-    "dpmpp_2m_sde",
-    "dpmpp_3m_sde",
-    "plms",
-    "unipc",
-    "deis",
-    "restart",
-    "lcm",
-    "annealed_langevin",
-    "predictor_corrector",
-]
-NAMES: tuple[str, ...] = get_args(Name)
+NAMES: tuple[str, ...] = tuple(SAMPLERS)
+__all__ = ["NAMES", "Callback", "Noise", "Sampler", "ddim_inversion", "get", *NAMES]
+
+for _name, _row in SAMPLERS.items():  # a function takes the place of the file of its name
+    globals()[_name] = getattr(importlib.import_module(f"ldm_pipe.samplers.{_row.file}"), _name)
+
 _COMMON = {"noise", "eta", "callback"}  # what every sampler is called with
 
 
@@ -159,53 +112,10 @@ def get(name: str) -> Sampler:
 
     Raises: LdmPipeError naming the known samplers and the nearest, if there is none of this name.
     """
-    match name:
-        case "ddpm":
-            return Sampler(name, ddpm, "integer", always_stochastic=True)
-        case "ddim":
-            return Sampler(name, ddim, "integer", has_eta=True)
-        case "euler":
-            return Sampler(name, euler, "fractional")
-        case "euler_ancestral":
-            return Sampler(name, euler_ancestral, "fractional", always_stochastic=True)
-        case "heun":
-            return Sampler(name, heun, "fractional", evaluations_per_step=2)
-        case "edm":
-            return Sampler(name, edm, "fractional", always_stochastic=True, evaluations_per_step=2)
-        case "lms":
-            return Sampler(name, lms, "fractional")
-        case "dpm2":
-            return Sampler(name, dpm2, "fractional", evaluations_per_step=2)
-        case "dpm2_ancestral":
-            return Sampler(name, dpm2_ancestral, "fractional", always_stochastic=True, evaluations_per_step=2)
-        case "dpmpp_2s":
-            return Sampler(name, dpmpp_2s, "multistep", evaluations_per_step=2)
-        case "dpmpp_2s_ancestral":
-            return Sampler(name, dpmpp_2s_ancestral, "fractional", always_stochastic=True, evaluations_per_step=2)
-        case "dpmpp_2m":
-            return Sampler(name, dpmpp_2m, "multistep")
-        case "dpmpp_3m":
-            return Sampler(name, dpmpp_3m, "multistep")
-        case "dpmpp_sde":
-            return Sampler(name, dpmpp_sde, "fractional", always_stochastic=True, evaluations_per_step=2)
-        case "dpmpp_2m_sde":
-            return Sampler(name, dpmpp_2m_sde, "multistep", always_stochastic=True)
-        case "dpmpp_3m_sde":
-            return Sampler(name, dpmpp_3m_sde, "multistep", always_stochastic=True)
-        case "plms":
-            return Sampler(name, plms, "integer")
-        case "unipc":
-            return Sampler(name, unipc, "multistep")
-        case "deis":
-            return Sampler(name, deis, "multistep")
-        case "restart":
-            return Sampler(name, restart, "fractional", always_stochastic=True, evaluations_per_step=2)
-        case "lcm":
-            return Sampler(name, lcm, "integer", always_stochastic=True)
-        case "annealed_langevin":
-            return Sampler(name, annealed_langevin, "integer", always_stochastic=True, evaluations_per_step=11)
-        case "predictor_corrector":
-            return Sampler(name, predictor_corrector, "integer", always_stochastic=True, evaluations_per_step=2)
-    meant = suggest(str(name), NAMES)
-    hint = f"did you mean {meant!r}? " if meant else ""
-    raise LdmPipeError(f"unknown sampler {name!r}", how_to_fix=f"{hint}known: {', '.join(NAMES)}")
+    row = SAMPLERS.get(name) if isinstance(name, str) else None
+    if row is None:
+        meant = suggest(str(name), NAMES)
+        hint = f"did you mean {meant!r}? " if meant else ""
+        raise LdmPipeError(f"unknown sampler {name!r}", how_to_fix=f"{hint}known: {', '.join(NAMES)}")
+    function = getattr(importlib.import_module(f"{__name__}.{row.file}"), name)
+    return Sampler(name, function, row.grid, row.has_eta, row.always_stochastic, row.evaluations_per_step)

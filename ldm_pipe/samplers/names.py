@@ -6,27 +6,10 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from ldm_pipe.sampler_table import SAMPLERS
+
 # what the spelling rules below do not find: squeezed name -> ours
-_OTHERS = {
-    "dpmsolvermultistep": "dpmpp_2m",
-    "dpmsolversinglestep": "dpmpp_2s",
-    "dpmsolversde": "dpmpp_sde",
-    "sdedpmsolverpp": "dpmpp_2m_sde",
-    "dpmsolverpp": "dpmpp_2m",
-    "edmdpmsolvermultistep": "dpmpp_2m",
-    "edmeuler": "edm",
-    "flowmatcheuler": "euler",
-    "flowmatchheun": "heun",
-    "unipcmultistep": "unipc",
-    "unipcbh": "unipc",
-    "deismultistep": "deis",
-    "pndm": "plms",
-    "ipndm": "plms",
-    "flowmatchlcm": "lcm",
-    "scoresdeve": "predictor_corrector",
-    "ncsn": "annealed_langevin",
-    "langevin": "annealed_langevin",
-}
+_OTHERS = {alias: name for name, row in SAMPLERS.items() for alias in row.aliases}
 _FILLERS = {"scheduler", "discrete", "sampler", "sample", "k", "karras", "exponential", "polyexponential"}
 
 

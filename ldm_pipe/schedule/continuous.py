@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.schedule.discrete import Final, Prediction, check_one_choice
+from ldm_pipe.schedule.discrete import Final, Prediction, check_final, check_one_choice
 from ldm_pipe.schedule.spacing import Grid, Ramp, Spacing, explicit, line, open_ramp, ramp
 from ldm_pipe.schedule.steps import Steps
 
@@ -129,20 +129,13 @@ class Continuous:
 
     def _rows(self, t: Tensor, final: Final) -> Steps:
         """Return the steps at these times, and the end."""
-        if final not in get_args(Final):
-            raise LdmPipeError(f"final is {final!r}", how_to_fix=f"use one of {', '.join(get_args(Final))}")
-        alpha, sigma = self.alpha_sigma(t)
-        end_t, end = self.t_end, torch.tensor([1.0, 0.0], dtype=torch.float64)
+        check_final(final)
+        cleanest, end = self.t_range[0], (self.t_end, 1.0, 0.0)
         if final == "first":
-            end_t = self.t_range[0] if t[-1] > self.t_range[0] else end_t
-            end = torch.stack(self.alpha_sigma(torch.tensor(self.t_range[0], dtype=torch.float64)))
-        return Steps(
-            t=torch.cat([t, t.new_tensor([end_t])]),
-            alpha=torch.cat([alpha, end[:1]]),
-            sigma=torch.cat([sigma, end[1:]]),
-            init_scale=self._init_scale(float(alpha[0]), float(sigma[0])),
-            levels=self.level,
-        )
+            end = (cleanest if t[-1] > cleanest else self.t_end, *map(float, self.alpha_sigma(cleanest)))
+        alpha, sigma = self.alpha_sigma(t)
+        init_scale = self._init_scale(float(alpha[0]), float(sigma[0]))
+        return Steps.down(t, alpha, sigma, end=end, init_scale=init_scale, levels=self.level)
 
 
 def checked_times(t: Tensor | float, low: float, high: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -271,7 +271,6 @@ class NoiseSchedule:
         spacing: Spacing | str | None = None,
         grid: Grid = "integer",
         final: Final = "clean",
-        arrival: Literal["next", "stride"] = "next",
         times: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         rho: float | None = None,
@@ -281,12 +280,8 @@ class NoiseSchedule:
         Args:
             num_steps, spacing, grid, final, times, sigmas, rho: see `Law.steps`; final is "first" where a file of
                 diffusers says set_alpha_to_one=false.
-            arrival: "next": a step ends where the next one starts. "stride": it ends num_train_timesteps // num_steps
-                below its start, as diffusers' DDIMScheduler does; with linspace, or where the division leaves a rest,
-                the network is then told a time that is not the state's. Only for parity.
         """
-        if final not in get_args(Final):
-            raise LdmPipeError(f"final is {final!r}", how_to_fix=f"use one of {', '.join(get_args(Final))}")
+        check_final(final)
         sections = spacing if spacing is not None and spacing not in get_args(Spacing) else None
         check_one_choice(num_steps, times, sigmas, sections)
         first, last = self.t_range
@@ -298,31 +293,23 @@ class NoiseSchedule:
             t = self.t_of(-explicit(sigmas, "sigmas", float(self._edm[0]), float(self._edm[-1])).log())
         else:
             t = self._visited(num_steps, spacing, grid, rho)
-        end_t, end_alpha, end_sigma = -1.0, torch.ones(1), torch.zeros(1)
+        end = (-1.0, 1.0, 0.0)
         if final == "first":
-            end_t = 0.0 if t[-1] > 0 else end_t  # solvers with two evaluations ask the network there
-            end_alpha, end_sigma = self.alpha_sigma(torch.zeros(1))
-            if grid == "fractional":  # who walks in EDM's frame stays in it: x / alpha
-                end_alpha, end_sigma = torch.ones(1), end_sigma / end_alpha
+            alpha_0, sigma_0 = map(float, self.alpha_sigma(0.0))
+            in_edm = grid == "fractional"  # who walks in EDM's frame stays in it: x / alpha
+            # solvers with two evaluations ask the network at the end, too
+            end = (0.0 if t[-1] > 0 else -1.0, *((1.0, sigma_0 / alpha_0) if in_edm else (alpha_0, sigma_0)))
         alpha, sigma = self.alpha_sigma(t)
         # who starts at the largest level of EDM's frame draws sigma / alpha * noise there: sigma * noise here
         leading = (self.spacing if spacing is None else spacing) == "leading"
-        steps = Steps(
-            t=torch.cat([t, t.new_tensor([end_t])]),
-            alpha=torch.cat([alpha, end_alpha.double()]),
-            sigma=torch.cat([sigma, end_sigma.double()]),
-            init_scale=float(sigma[0]) if grid == "fractional" and not leading else 1.0,
-            levels=self.level,
-        )
-        if arrival == "next":
-            return steps
-        landing = t - self.num_train_timesteps // steps.num_steps
-        alpha, sigma = self.alpha_sigma(landing.clamp_min(0))
-        return replace(
-            steps,
-            next_alpha=torch.where(landing < 0, steps.alpha[-1], alpha),
-            next_sigma=torch.where(landing < 0, steps.sigma[-1], sigma),
-        )
+        init_scale = float(sigma[0]) if grid == "fractional" and not leading else 1.0
+        return Steps.down(t, alpha, sigma, end=end, init_scale=init_scale, levels=self.level)
+
+
+def check_final(final: str) -> None:
+    """Refuse an end of the steps that is not known."""
+    if final not in get_args(Final):
+        raise LdmPipeError(f"final is {final!r}", how_to_fix=f"use one of {', '.join(get_args(Final))}")
 
 
 def check_one_choice(num_steps: int | None, times: Any, sigmas: Any, sections: str | None) -> None:

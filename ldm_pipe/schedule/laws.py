@@ -220,11 +220,6 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     return t / (t + (1 - t) / shift)
 
 
-def resolution_shift(num_tokens: int, base_num_tokens: int) -> float:
-    """Return the shift sqrt(m / n) that makes m tokens as noisy as n were (arXiv:2403.03206, eq. 23)."""
-    return math.sqrt(num_tokens / base_num_tokens)
-
-
 @dataclass(frozen=True)
 class ResolutionShift:
     """A shift that grows with the picture, as Flux and some of SD3's pipelines take it.

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError
+from ldm_pipe.sampler_table import SAMPLERS
 from ldm_pipe.schedule import own_file
 from ldm_pipe.schedule.betas import WITHOUT_ENDS, make_betas
 from ldm_pipe.schedule.discrete import Law, NoiseSchedule, Prediction
@@ -99,45 +100,20 @@ def sampler_name(config: Mapping[str, Any]) -> str | None:
 
     None: nothing here does, or the config names no class.
     """
-    algorithm = config.get("algorithm_type", "dpmsolver++")
-    match config.get("_class_name"):
-        case "DDIMScheduler" | "DDIMParallelScheduler":
-            return "ddim"
-        case "DDPMScheduler" | "DDPMParallelScheduler" | "UnCLIPScheduler":
-            return "ddpm"
-        case "PNDMScheduler":
-            return "plms" if config.get("skip_prk_steps") else None  # the Runge-Kutta start is not here
-        case "LCMScheduler" | "FlowMatchLCMScheduler":
-            return "lcm"
-        case "LMSDiscreteScheduler":
-            return "lms"
-        case "EulerDiscreteScheduler" | "EDMEulerScheduler":
-            return "euler"
-        case "EulerAncestralDiscreteScheduler":
-            return "euler_ancestral"
-        case "HeunDiscreteScheduler" | "FlowMatchHeunDiscreteScheduler":
-            return "heun"
-        case "KDPM2DiscreteScheduler":
-            return "dpm2"
-        case "KDPM2AncestralDiscreteScheduler":
-            return "dpm2_ancestral"
-        case "DPMSolverSDEScheduler":
-            return "dpmpp_sde"
-        case "DEISMultistepScheduler":
-            return "deis"
-        case "UniPCMultistepScheduler":
-            return "unipc"
-        case "FlowMatchEulerDiscreteScheduler":
-            return "lcm" if config.get("stochastic_sampling") else "euler"
-        case "DPMSolverMultistepScheduler" | "EDMDPMSolverMultistepScheduler":
-            kind = {"dpmsolver++": "", "deis": "", "sde-dpmsolver++": "_sde"}.get(algorithm)
-            order = config.get("solver_order", 2)
-            return None if kind is None or order not in (2, 3) else f"dpmpp_{order}m{kind}"
-        case "DPMSolverSinglestepScheduler":
-            return "dpmpp_2s" if algorithm == "dpmsolver++" and config.get("solver_order", 2) == 2 else None
-        case "ScoreSdeVeScheduler" | "ScoreSdeVpScheduler":
-            return "predictor_corrector"
+    class_name = config.get("_class_name")
+    if not isinstance(class_name, str) or class_name not in KEYS:
+        return None
+    for name, row in SAMPLERS.items():
+        settings = row.diffusers.get(class_name)
+        if settings is not None and all(_sets(config, class_name, key, values) for key, values in settings.items()):
+            return name
     return None
+
+
+def _sets(config: Mapping[str, Any], class_name: str, key: str, values: tuple[Any, ...]) -> bool:
+    """Return whether a config, or the default of its class, has one of the values; of a flag, null is off."""
+    value = config.get(key, KEYS[class_name][key][1])
+    return (bool(value) if isinstance(values[0], bool) else value) in values
 
 
 def sampler_options(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:

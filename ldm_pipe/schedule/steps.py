@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Steps:
     """The rows a sampler walks down, from noise to clean; n steps have n + 1 rows, float64 on the CPU.
 
     A step reads row i and arrives at row i + 1, unless `next_alpha`, `next_sigma` (n each) say otherwise, which
-    exists only to repeat what a peer does (`NoiseSchedule.steps(arrival="stride")`).
+    exists only to repeat what a peer does: diffusers' DDIMScheduler arrives at other times than it evaluates next.
 
     Attributes:
         t: times of the noise law, shape (n + 1,); the last one is never shown to the network.
@@ -49,6 +50,16 @@ class Steps:
                 where="Steps",
                 how_to_fix="use fewer steps or other times",
             )
+
+    @classmethod
+    def down(cls, *rows: Tensor, end: tuple[float, float, float], **known: Any) -> Steps:
+        """Return the rows t, alpha and sigma, shape (n,) each, and below them the end.
+
+        Args:
+            end: t, alpha and sigma of the last row.
+            known: `init_scale` and `levels`.
+        """
+        return cls(*(torch.cat([row, row.new_tensor([last])]) for row, last in zip(rows, end, strict=True)), **known)
 
     @property
     def num_steps(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.sampler_table import SAMPLERS
 from ldm_pipe.schedule.betas import make_betas
 from ldm_pipe.schedule.discrete import Law, NoiseSchedule
 from ldm_pipe.schedule.keys import KEYS
@@ -21,31 +22,16 @@ _VERSION = "0.42.1"  # the version this agrees with by test
 _NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 _EXACT_AT_NO_SIGNAL = ("ddim", "ddpm", "lcm")  # the other classes of diffusers divide by alpha
 
-_CLASSES = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "plms": "PNDMScheduler",
-    "lcm": "LCMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm2": "KDPM2DiscreteScheduler",
-    "dpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
-    "dpmpp_sde": "DPMSolverSDEScheduler",
-    "dpmpp_2s": "DPMSolverSinglestepScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_3m": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
-    "dpmpp_3m_sde": "DPMSolverMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-_FLOW_CLASSES = {
-    "euler": "FlowMatchEulerDiscreteScheduler",
-    "heun": "FlowMatchHeunDiscreteScheduler",
-    "lcm": "FlowMatchEulerDiscreteScheduler",
-}
+# sampler -> the class that is written for it, by kind of schedule
+_OF_OTHER_KINDS = ("EDM", "FlowMatch", "ScoreSde")
+_CLASSES, _EDM_CLASSES, _FLOW_CLASSES = (
+    {name: found[0] for name, row in SAMPLERS.items() if (found := [c for c in row.diffusers if belongs(c)])}
+    for belongs in (
+        lambda c: not c.startswith(_OF_OTHER_KINDS),
+        lambda c: c.startswith("EDM"),
+        lambda c: c.startswith("FlowMatch"),
+    )
+)
 _WITHOUT_X0 = ("plms", "euler_ancestral", "dpm2", "dpm2_ancestral", "dpmpp_sde")
 
 
@@ -61,7 +47,7 @@ def write(
     """Write the diffusers scheduler config with which diffusers does what this law and sampler do here.
 
     DDIM agrees for step numbers that divide num_train_timesteps, or leading spacing: elsewhere diffusers'
-    DDIMScheduler steps to other times than it evaluates next (`NoiseSchedule.steps(arrival="stride")`). Of dpmpp_2s,
+    DDIMScheduler steps to other times than it evaluates next. Of dpmpp_2s,
     dpmpp_3m and dpmpp_3m_sde law, times and kind of solver agree, but not the formula of the step; why is in
     tests/parity/test_samplers_dpmpp_diffusers.py.
 
@@ -214,9 +200,7 @@ def _dpm_keys(sampler: str) -> dict[str, Any]:
 
 
 def _write_edm(law: EDM, sampler: str) -> dict[str, Any]:
-    multistep = [name for name, found in _CLASSES.items() if found == "DPMSolverMultistepScheduler"]
-    classes = {"euler": "EDMEulerScheduler", **dict.fromkeys(multistep, "EDMDPMSolverMultistepScheduler")}
-    class_name = _class_of(sampler, classes)
+    class_name = _class_of(sampler, _EDM_CLASSES)
     if law.prediction != "edm" or law.spacing not in ("karras", "exponential"):
         what = f"prediction {law.prediction!r} and spacing {law.spacing!r} on EDM's law"
         raise LdmPipeError(what, _WHERE, 'use prediction "edm", and spacing "karras" or "exponential"')

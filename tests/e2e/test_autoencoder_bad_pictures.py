@@ -143,7 +143,7 @@ def test_a_stream_trains_and_its_bad_pictures_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("datasets", reason="streams are its")
-    monkeypatch.setattr(train_autoencoder, "NUM_FIRST", 8)
+    monkeypatch.setattr("ldm_pipe.training.tasks.autoencoder_inputs.NUM_FIRST", 8)
     pictures = [*odd_pictures().values(), *(data for data, _ in bad_pictures().values())]
     columns = {"image": [{"bytes": data, "path": None} for data in pictures], "text": ["a picture"] * len(pictures)}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})

@@ -118,7 +118,7 @@ def test_prompts_file_is_restartable(folder: Path, capsys: pytest.CaptureFixture
     options = ["--prompts", "prompts.txt", "-n", "2", "--seed", "5", "--num-inference-steps", "2"]
     assert draw("generate", *options, "--out", "whole") == 0
     assert draw("generate", *options, "--out", "broken") == 0
-    wanted = {p.name: p.read_bytes() for p in (folder / "whole").iterdir()}
+    wanted = {p.name: p.read_bytes() for p in (folder / "whole").glob("[!.]*")}
     assert sorted(wanted) == [
         "00000-red-apple-5.png", "00000-red-apple-6.png", "00001-a-worm-7.png", "00001-a-worm-8.png",
         "00002-escape-10.png", "00002-escape-9.png",
@@ -130,7 +130,7 @@ def test_prompts_file_is_restartable(folder: Path, capsys: pytest.CaptureFixture
     captured = capsys.readouterr()
     assert len(captured.out.split()) == 2
     assert "1 already drawn" in captured.err
-    assert {p.name: p.read_bytes() for p in (folder / "broken").iterdir()} == wanted
+    assert {p.name: p.read_bytes() for p in (folder / "broken").glob("[!.]*")} == wanted
 
 
 @pytest.mark.parametrize(

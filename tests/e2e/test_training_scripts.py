@@ -25,6 +25,7 @@ from ldm_pipe import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.run.checkpoint import find_checkpoint, load_checkpoint
 from ldm_pipe.training.run.config import build_config, dump_config, read_yaml
+from tests.ranks import free_port
 from tests.source import ROOT
 from tests.training import assert_same_bits, saved_state
 
@@ -137,7 +138,7 @@ TWO_RANKS = (
     "--master_addr",
     "127.0.0.1",
     "--master_port",
-    "29571",
+    str(free_port()),  # of this process: other tests may run beside these
 )
 
 

@@ -185,7 +185,7 @@ def test_prompt_too_long_is_cut_where_diffusers_cuts(tiny: LatentDiffusionPipeli
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_default_reload_has_one_dtype(tiny: LatentDiffusionPipeline, tmp_path: Path, dtype: torch.dtype) -> None:
-    """FAULTS 22: a bf16 export reloads as fp32 and bf16 parts, and fails on the first call."""
+    """A bf16 export reloads as fp32 and bf16 parts, and fails on the first call."""
     tiny.save_pretrained(tmp_path / "model", dtype=dtype)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     assert {theirs.unet.dtype, theirs.vae.dtype, theirs.text_encoder.dtype} == {torch.float32}

@@ -209,7 +209,7 @@ def test_depth(tmp_path: Path, strength: float) -> None:
 
 
 def test_default_reload_has_one_dtype(base: tuple[Any, LatentDiffusionPipeline], tmp_path: Path) -> None:
-    """FAULTS 22: a bf16 export reloads as parts of several dtypes, and fails on the first call."""
+    """A bf16 export reloads as parts of several dtypes, and fails on the first call."""
     base[1].save_pretrained(tmp_path, dtype=torch.bfloat16)
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path, add_watermarker=False)
     nets = [part for part in theirs.components.values() if isinstance(part, torch.nn.Module)]

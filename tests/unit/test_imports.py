@@ -14,7 +14,7 @@ from tests.source import OURS, PACKAGES, ROOT, Import, files, imports, module_na
 LEAF = "ldm_pipe.pretrained"
 # The house of ldm_pipe: a room knows itself and the rooms of lower floors, whenever it imports and whatever for.
 FLOORS = {
-    "pretrained": 1,
+    "pretrained": 1, "sampler_table": 1, "masking": 1, "printable": 1,
     "noise": 2, "schedule": 2, "networks": 2, "data": 2,
     "denoiser": 3,
     "guidance": 4, "samplers": 4,

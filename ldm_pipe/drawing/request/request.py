@@ -29,6 +29,7 @@ from ldm_pipe.drawing.request.shared import (
     spread,
 )
 from ldm_pipe.drawing.request.texts import check_embeds, check_negatives, check_pooled, check_prompts, check_second
+from ldm_pipe.guidance.pair import Guidance
 from ldm_pipe.noise import Draw
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.samplers.from_diffusers import SchedulerSampler
@@ -76,11 +77,12 @@ class Request:
     z0: Tensor | None = None  # latents in place of `image`
     begin: float | None = None  # time at which `latents` were handed over
     end: float | None = None  # time at which they are handed on
+    guidance: Guidance | None = None  # None: classifier-free guidance
 
     @property
     def guided(self) -> bool:
         """Return whether the unconditional network runs at all; as in diffusers it does above a scale of 1."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 or self.guidance is not None
 
     def rows(self) -> list[Request]:
         """Split into requests of one picture each."""
@@ -130,7 +132,9 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
     count = num_prompts * per_prompt
     whole_number("the number of pictures", count, 1, MAX_PICTURES)
     scale, rescale = _check_guidance(pipe, given)
-    texts = _check_texts(pipe, given, prompts, num_prompts, per_prompt, guided=scale > 1)
+    texts = _check_texts(
+        pipe, given, prompts, num_prompts, per_prompt, guided=scale > 1 or given["guidance"] is not None
+    )
     begin, end = check_hand_over(pipe.schedule, given)
     given, z0 = check_latent_image(pipe, given, count, num_prompts, handed_over=begin is not None)
     image, mask, strength = check_pictures(pipe, given, count, num_prompts, z0)
@@ -151,6 +155,7 @@ def check_request(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> Re
         image=image,
         mask=mask,
         strength=strength,
+        guidance=_check_own_guidance(given["guidance"], rescale),
     )
 
 
@@ -199,6 +204,18 @@ def _check_guidance(pipe: LatentDiffusionPipeline, given: Mapping[str, Any]) -> 
     if rescale > 0 and scale <= 1 and not isinstance(given["guidance_rescale"], FloatDefault):
         warn_ignored("guidance_rescale", "it needs a guidance_scale above 1")
     return scale, rescale
+
+
+def _check_own_guidance(chosen: Any, rescale: float) -> Guidance | None:
+    """Check that a guidance can be called."""
+    if chosen is None:
+        return None
+    if not callable(chosen):
+        advice = "give a function (denoiser, conds, weights, uncond) -> denoise, or leave it out"
+        raise LdmPipeError(f"guidance is {chosen!r:.80}", how_to_fix=advice)
+    if rescale > 0:
+        warn_ignored("guidance_rescale", "the guidance of the call is its own")
+    return chosen
 
 
 def _check_size(

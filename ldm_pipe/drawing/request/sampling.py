@@ -6,6 +6,7 @@ LdmPipeError before any work. This file runs no network and imports no diffusers
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -65,9 +66,12 @@ def check_sampling(
     law = at_resolution(pipe.schedule, num_tokens)
     eta = real_number("eta", given["eta"], 0.0, 1.0)
     chosen = given["sampler"] if given["sampler"] is not None else pipe.given_scheduler
-    if chosen is not None and not isinstance(chosen, str):
+    if callable(chosen) and not hasattr(chosen, "set_timesteps"):
+        chosen = own_sampler(chosen)
+    if chosen is not None and not isinstance(chosen, str | samplers.Sampler):
         return _foreign(chosen, law, given, num_steps, eta)
-    sampler = samplers.get(chosen or pipe.defaults.sampler or "ddim")
+    named = chosen or pipe.defaults.sampler or "ddim"
+    sampler = named if isinstance(named, samplers.Sampler) else samplers.get(named)
     if eta > 0 and not sampler.has_eta:
         raise LdmPipeError(f"eta is {eta:g}, but {sampler.name} has none", how_to_fix='leave it at 0, or use "ddim"')
     options = _check_options(sampler, given["sampler_options"]) or sampler_options(law.config, sampler.name)
@@ -93,6 +97,22 @@ def check_sampling(
         what = f"spacing {spacing!r} has {steps.num_steps} steps, num_inference_steps is {asked!r:.80}"
         raise LdmPipeError(what, how_to_fix="leave num_inference_steps out")
     return Sampling(sampler.name, sampler.function, steps, spacing, eta, options)
+
+
+def own_sampler(function: Callable[..., Tensor]) -> samplers.Sampler:
+    """Take a caller's function for a sampler: (denoise, x, steps, *, noise, eta, callback, **options) -> x0.
+
+    Raises: LdmPipeError if it lacks one of these keywords.
+    """
+    if isinstance(function, samplers.Sampler):
+        return function
+    name = getattr(function, "__name__", type(function).__name__)
+    known = inspect.signature(function).parameters
+    lacking = [word for word in ("noise", "eta", "callback") if word not in known]
+    if lacking:
+        advice = "a sampler is (denoise, x, steps, *, noise, eta, callback) -> x0, as those of `ldm_pipe.samplers`"
+        raise LdmPipeError(f"the sampler {name} takes no {', '.join(lacking)}", how_to_fix=advice)
+    return samplers.Sampler(name, function, grid="integer", has_eta=True, always_stochastic=True)
 
 
 def check_hand_over(law: Law, given: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -104,6 +104,9 @@ def find_folder(
         return SHIPPED
     if not str(name).strip() or "\0" in str(name):
         raise LdmPipeError(f"the model name is {str(name)!r}", how_to_fix="Give a folder or a hub id.")
+    if Path(name).expanduser().is_file():
+        fix = "Load a single file with LatentDiffusionPipeline.from_single_file(path), or turn it into a folder once: "
+        raise LdmPipeError("is a file, not a folder", str(name), f"{fix}ldm-pipe convert {name} NEW_FOLDER.")
     dot = f".{variant}" if variant else ""
     patterns = ["*.json", "README.md", "tokenizer/*", f"{tokenizer_folder(SECOND)}/*", "scheduler/*"]
     named = {name: WEIGHTS[part] for part, name in LDM_NAMES.items()} | {SECOND: WEIGHTS["text_encoder"]}
@@ -191,7 +194,7 @@ def load_parts(
 
 
 def _check_deciding(root: Path) -> None:
-    """Refuse configs without the one key that no tensor's shape tells (FAULTS 18).
+    """Refuse configs without the one key that no tensor's shape tells.
 
     Raises: LdmPipeError naming file and key.
     """

@@ -28,6 +28,7 @@ __all__ = ["AnyLayer", "Layers", "LohaLayer", "LokrLayer", "LoraLayer", "network
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA in a folder
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PICKLE = "adapter_model.bin"
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config in the header of the file
 _ROLES = {
     "lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up", "lora.down": "down", "lora.up": "up",
@@ -44,6 +45,13 @@ _ALPHA = re.compile(r"(?P<module>.+?)(_lora|\.lora|\.lora_linear_layer)?(\.down\
 _KRON = ({"w1", "w2"}, {"w1a", "w1b", "w2"}, {"w1", "w2a", "w2b"}, {"w1a", "w1b", "w2a", "w2b"})
 _OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # of text encoders, diffusers 0.14
 _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+# ComfyUI's own: the U-Net under its original names, text encoders by what they are.
+_COMFY = {
+    "diffusion_model.": ("unet",), "model.diffusion_model.": ("unet",),
+    "text_encoders.clip_l.transformer.": ("text_encoder",), "text_encoders.clip_h.transformer.": ("text_encoder",),
+    "text_encoders.clip_g.transformer.": ("text_encoder_2",), "clip_l.transformer.": ("text_encoder",),
+    "clip_h.transformer.": ("text_encoder",), "clip_g.transformer.": ("text_encoder_2",),
+}  # fmt: skip
 
 
 def networks_of(pipe: Any) -> dict[str, nn.Module]:
@@ -73,6 +81,7 @@ class _Names:
         if isinstance(unet, UNet):
             for ours, theirs in _originals(unet, self.modules["unet"]).items():
                 self.flat["unet"].setdefault(theirs.replace(".", "_"), ours)
+        self.only: str | None = None  # the network of names that do not say theirs
 
     def find(self, text: str) -> tuple[str, str] | None:
         """Return (network, module), or None."""
@@ -81,13 +90,44 @@ class _Names:
                 part = "text_encoder_2" if prefix == "lora_te_" and part not in self.flat else part  # SDXL's refiner
                 name = self.flat.get(part, {}).get(text.removeprefix(prefix))
                 return (part, name) if name else None
+        for prefix, parts in _COMFY.items():
+            if text.startswith(prefix):
+                name = self.flat.get(parts[0], {}).get(text.removeprefix(prefix).replace(".", "_"))
+                return (parts[0], name) if name else None
         bare = text.removeprefix("base_model.model.")  # a folder of PEFT holds one network and does not say which
         part, _, name = bare.partition(".")
-        parts = [part] if part in self.modules else list(self.modules)
-        name = (name if part in self.modules else bare).replace(".processor", "")
+        parts = [part] if part in self.modules else list(self.modules) if self.only is None else [self.only]
+        name = (name.removeprefix("base_model.model.") if part in self.modules else bare).replace(".processor", "")
         end = name.rpartition(".")
         spellings = [name, f"text_model.{name}", f"{name}.0", f"{end[0]}.{_OLD.get(end[2], end[2])}"]
         return next(((p, s) for p in parts for s in spellings if s in self.modules.get(p, {})), None)
+
+    def choose(self, pieces: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Find the network of names that do not say theirs: the first that has them all, in the shapes of the file.
+
+        Both text encoders of SDXL have a `text_model.encoder.layers.0`.
+        """
+        unsaid = {text: own for text, own in pieces.items() if self._is_unsaid(text)}
+        for part in self.modules if unsaid else ():
+            self.only = part
+            if all(self._has(text, own) for text, own in unsaid.items()):
+                return
+        self.only = None
+
+    def _is_unsaid(self, text: str) -> bool:
+        first = text.removeprefix("base_model.model.").partition(".")[0]
+        return first not in self.modules and not text.startswith((*_KOHYA, *_COMFY))
+
+    def _has(self, text: str, own: Mapping[str, Tensor]) -> bool:
+        found = self.find(text)
+        if found is None:
+            return False
+        weight = self.modules[found[0]][found[1]].weight
+        try:
+            layer = _layer(own, None, None, found[1], text)
+        except LdmPipeError:
+            return True  # told later, by name
+        return isinstance(weight, Tensor) and fits(layer, weight)
 
 
 @dataclass(frozen=True)
@@ -117,12 +157,16 @@ def read_lora(path: str | Path | Mapping[str, Tensor], networks: Mapping[str, nn
     if isinstance(path, Mapping):
         where, tensors, configs = "LoRA", dict(path), {}
     else:
-        file = Path(path) / PEFT_NAME if (Path(path) / PEFT_CONFIG).is_file() else Path(path)
+        file = Path(path)
+        if (file / PEFT_CONFIG).is_file():
+            file /= PEFT_PICKLE if (file / PEFT_PICKLE).is_file() and not (file / PEFT_NAME).is_file() else PEFT_NAME
         where, tensors, configs = str(path), load_checkpoint(file), _configs(file)
     pieces: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     unknown = []
     for name, tensor in tensors.items():
+        if name.startswith("bundle_emb."):  # words, which the pipeline teaches
+            continue
         if match := _KEY.fullmatch(name):
             per_output = match["role"] == "lora_magnitude_vector"  # PEFT's are always; LyCORIS' tell it by their shape
             pieces.setdefault(match["module"], {})[_ROLES[match["role"]]] = tensor.flatten() if per_output else tensor
@@ -134,6 +178,7 @@ def read_lora(path: str | Path | Mapping[str, Tensor], networks: Mapping[str, nn
         fix = "Known are LoRA, DoRA, LoHa and LoKr; not OFT, IA3, norms or whole differences."
         raise LdmPipeError(f"{len(unknown)} tensors of no known adapter: {_some(unknown)}", where, fix)
     names, layers, foreign = _Names(networks), Layers(), []
+    names.choose(pieces)
     for text, own in pieces.items():
         found = names.find(text)
         if found is None:
@@ -154,7 +199,7 @@ def read_lora(path: str | Path | Mapping[str, Tensor], networks: Mapping[str, nn
 
 def _configs(file: Path) -> dict[str, _Config]:
     """Read PEFT's config of each network: from the header of the file, or beside it (under "")."""
-    if (file.parent / PEFT_CONFIG).is_file() and file.name == PEFT_NAME:
+    if (file.parent / PEFT_CONFIG).is_file() and file.name in (PEFT_NAME, PEFT_PICKLE):
         value = read_json(file.parent / PEFT_CONFIG)
         return {"": _Config(value if isinstance(value, dict) else {})}
     text = "" if file.suffix in PICKLES else read_metadata(file).get(METADATA, "")
@@ -163,7 +208,7 @@ def _configs(file: Path) -> dict[str, _Config]:
     try:
         value = json.loads(text)
         rows = [(*key.partition("."), field) for key, field in value.items()]
-    except (json.JSONDecodeError, RecursionError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         raise LdmPipeError(f"{METADATA} in its header is no JSON object", str(file), "Fetch the file anew.") from None
     parts = {part for part, dot, *_ in rows if dot}
     return {part: _Config({key: field for p, dot, key, field in rows if dot and p == part}) for part in parts}

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conditioning import CLIPTextEncoder
 from conditioning.tokenizer import ClipTokenizer
-from ldm_pipe.interop.pickles.checkpoint import PICKLES, unpickle
+from ldm_pipe.interop.pickles.checkpoint import PICKLES, load_checkpoint, unpickle
 from ldm_pipe.pretrained import FrozenConfig, LdmPipeError, load_tensors, save_tensors
+from ldm_pipe.pretrained.files import tensor_names
 
 _XL = ("clip_l", "clip_g")
+BUNDLED = "bundle_emb."
 _NAMELESS = ("emb_params", "*")
 
 
@@ -26,21 +29,25 @@ def read_vectors(path: str | Path) -> tuple[str | None, list[Tensor]]:
     Raises: LdmPipeError if the file holds no word.
     """
     path = Path(path)
-    content = unpickle(path) if path.suffix in PICKLES else load_tensors(path)
+    return _vectors(unpickle(path) if path.suffix in PICKLES else load_tensors(path), str(path))
+
+
+def _vectors(content: Any, where: str) -> tuple[str | None, list[Tensor]]:
+    """Find the vectors in what a file holds."""
     name = None
     if isinstance(content, Mapping) and isinstance(content.get("string_to_param"), Mapping):
         name, content = content.get("name"), content["string_to_param"]
     if isinstance(content, Tensor):
         content = {"*": content}
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise LdmPipeError("holds no vectors of a word", str(path), "Give a textual inversion file.")
+        raise LdmPipeError("holds no vectors of a word", where, "Give a textual inversion file.")
     if set(content) == set(_XL):
         vectors = [content[key] for key in _XL]
     elif len(content) == 1:
         ((key, value),) = content.items()
         vectors, name = [value], name or (None if key in _NAMELESS else str(key))
     else:
-        raise LdmPipeError(f"holds {sorted(map(str, content))[:5]}", str(path), "One word, or clip_l and clip_g.")
+        raise LdmPipeError(f"holds {sorted(map(str, content))[:5]}", where, "One word, or clip_l and clip_g.")
     return name, [x.detach().reshape(-1, x.shape[-1]) for x in vectors]
 
 
@@ -56,16 +63,41 @@ def load_word(encoders: Sequence[CLIPTextEncoder], path: str | Path, name: str |
     name = name or found
     if name is None:
         raise LdmPipeError("the file does not name its word", str(path), "Give a name.")
+    return teach_word(encoders, name, vectors, str(path))
+
+
+def teach_word(encoders: Sequence[CLIPTextEncoder], name: str, vectors: Sequence[Tensor], where: str) -> str:
+    """Teach text encoders a word by its vectors, (V, D) for each encoder; errors are those of `load_word`."""
     widths = [encoder.config.hidden_size for encoder in encoders]
     if [x.shape[1] for x in vectors] != widths:
         what = f"the vectors are {[x.shape[1] for x in vectors]} wide, the text encoders {widths}"
-        raise LdmPipeError(what, str(path), "The word was learnt for another family of models.")
+        raise LdmPipeError(what, where, "The word was learnt for another family of models.")
     if not all(bool(torch.isfinite(x).all()) for x in vectors):
-        raise LdmPipeError(f"NaN or infinity in the word {name!r}", str(path), "Fetch the file anew.")
-    _check_free(encoders, name, max(len(x) for x in vectors), str(path))
+        raise LdmPipeError(f"NaN or infinity in the word {name!r}", where, "Fetch the file anew.")
+    _check_free(encoders, name, max(len(x) for x in vectors), where)
     for encoder, values in zip(encoders, vectors, strict=True):
         encoder.add_token(name, values)
     return name
+
+
+def bundled_words(source: str | Path | Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Read the words that lie in the file of a LoRA as A1111 bundles them, `bundle_emb.NAME....`, by name.
+
+    Raises: LdmPipeError if one of them holds no vectors.
+    """
+    where = "LoRA" if isinstance(source, Mapping) else str(source)
+    if isinstance(source, Mapping) or Path(source).is_dir():
+        tensors = source if isinstance(source, Mapping) else {}
+    elif Path(source).suffix in PICKLES:
+        tensors = load_checkpoint(source)
+    else:
+        tensors = load_tensors(source) if any(name.startswith(BUNDLED) for name in tensor_names(source)) else {}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(BUNDLED):
+            name, _, kind = key.removeprefix(BUNDLED).partition(".")
+            found.setdefault(name, {})[kind.removeprefix("string_to_param.")] = tensor
+    return {name: _vectors(content, f"{where}, {BUNDLED}{name}")[1] for name, content in found.items()}
 
 
 def save_word(path: str | Path, name: str, vectors: Sequence[Tensor]) -> None:
@@ -94,22 +126,22 @@ def forget_words(encoder: CLIPTextEncoder, names: Sequence[str] | None = None) -
     unknown = sorted(set(names or ()) - set(words))
     if unknown:
         raise LdmPipeError(f"{unknown} were not added", "textual inversion", f"Added were {sorted(words)}.")
+    forgotten = [row for name, rows in words.items() if names is None or name in names for row in rows]
     table = encoder.text_model.embeddings.token_embedding.weight.detach()
-    kept = {name: table[rows] for name, rows in words.items() if names is not None and name not in names}
-    size = min((row for rows in words.values() for row in rows), default=len(table))
-    fresh = ClipTokenizer(
-        {word: i for word, i in tokenizer.vocab.items() if word not in tokenizer.added},
-        tokenizer.merges,
-        max_length=tokenizer.max_length,
-        pad_token=tokenizer.pad_token,
-    )
+    size = min(forgotten, default=len(table))  # rows before it stay, whether a word names them or not
+    kept = {name: rows for name, rows in words.items() if not set(rows) & set(forgotten)}
+    fresh = tokenizer.without_words()
+    for name, rows in kept.items():
+        if max(rows) < size:
+            fresh.add_token(name, rows, **tokenizer.flags.get(name, {}))
     encoder.tokenizer = fresh
     encoder.text_model.embeddings.token_embedding = nn.Embedding.from_pretrained(
         table[:size].clone(), freeze=not encoder.text_model.embeddings.token_embedding.weight.requires_grad
     )
     encoder.config = FrozenConfig({**encoder.config, "vocab_size": size})
-    for name, vectors in kept.items():
-        encoder.add_token(name, vectors)
+    for name, rows in kept.items():
+        if max(rows) >= size:
+            encoder.add_token(name, table[rows])
 
 
 def _words(tokenizer: ClipTokenizer) -> dict[str, list[int]]:

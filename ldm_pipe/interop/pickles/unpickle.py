@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import socket
+import struct
 import sys
 from typing import Any, NoReturn
 
@@ -26,6 +27,56 @@ UNUSED = ("optimizer_states", "lr_schedulers", "callbacks", "loops")  # of Light
 
 class Nothing:
     """Stands in for classes that a checkpoint names but its tensors do not need."""
+
+    def __init__(self, *_: Any) -> None:
+        """Take whatever comes."""
+
+    def __setstate__(self, _: Any) -> None:
+        """Keep nothing."""
+
+
+class Parameters:
+    """Stands in for torch's ParameterDict: the files of words of textual inversion's own code hold one."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the tensors."""
+        own = state.get("_parameters") if isinstance(state, dict) else None
+        self.tensors = dict(own) if isinstance(own, dict) else {}
+
+
+class Kind:
+    """Stands in for numpy's dtype: the letter and number that name it, and the order of its bytes."""
+
+    def __init__(self, name: Any = "", *_: Any) -> None:
+        """Keep the name."""
+        self.name, self.order = str(name), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the order."""
+        self.order = ">" if isinstance(state, tuple) and state[1:2] == (">",) else "<"
+
+
+def number(kind: Any, raw: Any = b"") -> int | float | bool | None:
+    """Stand in for numpy's maker of single numbers (a loss, a step count); of other kinds there is nothing."""
+    letter = _NUMBERS.get(kind.name) if isinstance(kind, Kind) else None
+    if letter is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(letter):
+        return None
+    return struct.unpack(kind.order + letter, raw)[0]
+
+
+_NUMBERS = {
+    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H",
+    "u1": "B", "b1": "?",
+}  # fmt: skip
+# What lies beside the weights in many files; numpy moved its modules in version 2.
+STAND_INS: list[Any] = [(Nothing, name) for name in LIGHTNING]
+STAND_INS += [
+    (Parameters, "torch.nn.modules.container.ParameterDict"),
+    (Kind, "numpy.dtype"),
+    (Nothing, "numpy.ndarray"),
+]
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    STAND_INS += [(number, f"{_module}.scalar"), (Nothing, f"{_module}._reconstruct")]
 
 
 def cut_network() -> str:
@@ -49,6 +100,8 @@ def flatten(value: Any, tensors: dict[str, Any]) -> Any:
         number = str(len(tensors))
         tensors[number] = value.detach()
         return {"tensor": number}
+    if isinstance(value, Parameters):
+        value = value.tensors
     if isinstance(value, dict):
         return {"dict": [[str(k), flatten(v, tensors)] for k, v in value.items() if k not in UNUSED]}
     if isinstance(value, (list, tuple)):
@@ -61,8 +114,7 @@ def convert(source: str, target: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    stand_ins: list[Any] = [(Nothing, name) for name in LIGHTNING]
-    with torch.serialization.safe_globals(stand_ins):
+    with torch.serialization.safe_globals(STAND_INS):
         try:
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:

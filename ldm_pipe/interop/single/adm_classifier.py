@@ -17,17 +17,37 @@ from torch import Tensor
 
 from ldm_pipe.interop.single.adm import as_linear, place, split_joint, split_qkv
 from ldm_pipe.interop.single.ldm_names import rename, unet_modules
-from ldm_pipe.networks.classifier import ADMClassifier
+from ldm_pipe.networks.classifier import ADMClassifier, Pool
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, check_tensors, save_tensors
 
 HEAD_WIDTH = 64
 FOLDER = "classifier"
+_ENDS: dict[Pool, dict[str, str]] = {
+    "attention": {"norm_out": "out.0"},
+    "adaptive": {"norm_out": "out.0", "pool.to_out": "out.3"},
+    "spatial": {"pool.to_hidden": "out.0", "pool.to_out": "out.2"},
+    "spatial_v2": {"pool.to_hidden": "out.0", "pool.norm": "out.1", "pool.to_out": "out.3"},
+}
 _POOL, _EMBEDDING = "out.2.", "out.2.positional_embedding"
 
 
 def is_classifier(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether names are those of openai's classifier with attention at its end."""
-    return _EMBEDDING in tensors and "output_blocks.0.0.in_layers.2.weight" not in tensors
+    """Tell whether names are those of openai's classifier: a way down, no way up, and one of its four ends."""
+    return "input_blocks.0.0.weight" in tensors and not _has_way_up(tensors) and find_pool(tensors) is not None
+
+
+def find_pool(tensors: Mapping[str, Tensor]) -> Pool | None:
+    """Tell by the last layers how a classifier pools; None if they are of no classifier."""
+    shapes = {name: tensors[name].ndim for name in ("out.0.weight", "out.2.weight", "out.3.weight") if name in tensors}
+    if _EMBEDDING in tensors:
+        return "attention"
+    if shapes.get("out.0.weight") == 2:
+        return "spatial_v2" if shapes.get("out.3.weight") == 2 else "spatial" if "out.2.weight" in shapes else None
+    return "adaptive" if shapes.get("out.3.weight") == 4 else None
+
+
+def _has_way_up(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("output_blocks.") for name in tensors)
 
 
 def read_classifier_config(
@@ -46,13 +66,13 @@ def read_classifier_config(
     firsts = range(1, count + 1, per_level + 1)
     channels = [tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in firsts]
     attends = [f"input_blocks.{n}.1.qkv.weight" in tensors for n in firsts]
-    side = math.isqrt(tensors[_EMBEDDING].shape[1] - 1)
+    pool = find_pool(tensors)
+    assert pool is not None
     shifted = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * channels[0]
     sinusoid_dim = tensors["time_embed.0.weight"].shape[1]
     return {
         "_class_name": ADMClassifier.class_name,
-        "sample_size": side * 2 ** (len(channels) - 1),
-        "num_classes": tensors[f"{_POOL}c_proj.weight"].shape[0],
+        **_read_end(tensors, pool, len(channels)),
         "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
         "block_out_channels": channels,
         "layers_per_block": per_level,
@@ -65,6 +85,20 @@ def read_classifier_config(
         "time_embedding_dim": tensors["time_embed.0.weight"].shape[0],
         "sinusoid_dim": 0 if sinusoid_dim == channels[0] else sinusoid_dim,
     }
+
+
+def _read_end(tensors: Mapping[str, Tensor], pool: Pool, num_levels: int) -> dict[str, Any]:
+    """Read the fields of a classifier's last layers; only attention tells the size of the pictures."""
+    match pool:
+        case "attention":
+            side = math.isqrt(tensors[_EMBEDDING].shape[1] - 1)
+            num_classes = tensors[f"{_POOL}c_proj.weight"].shape[0]
+            return {"pool": pool, "sample_size": side * 2 ** (num_levels - 1), "num_classes": num_classes}
+        case "adaptive":
+            return {"pool": pool, "num_classes": tensors["out.3.weight"].shape[0]}
+        case _:
+            last = tensors["out.2.weight" if pool == "spatial" else "out.3.weight"]
+            return {"pool": pool, "num_classes": last.shape[0], "hidden_width": last.shape[1]}
 
 
 def _fits(tensors: Mapping[str, Tensor], count: int, per_level: int) -> bool:
@@ -94,7 +128,9 @@ def from_adm_classifier(tensors: Mapping[str, Tensor], net: ADMClassifier) -> di
             rest[f"pool.to_out.{kind}"] = as_linear(out)
     if _EMBEDDING in rest:
         rest["pool.positional_embedding"] = rest.pop(_EMBEDDING).T.contiguous()
-    modules = {**unet_modules(net.spec), "norm_out": "out.0"}
+    modules = {**unet_modules(net.spec), **_ENDS[net.pool_kind]}
+    if net.pool_kind == "adaptive" and "out.3.weight" in rest:
+        rest["out.3.weight"] = rest["out.3.weight"].flatten(1)  # a convolution of 1 x 1
     return place(rename(net.state_dict(), modules), rest)
 
 

@@ -255,6 +255,38 @@ def with_channels(family: Family, channels: int, where: str) -> Family:
     return replace(family, pipeline=pipeline, unet={**family.unet, "in_channels": channels})
 
 
+def usual_names(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Give the text encoders of a file the names that most files of its family have.
+
+    SD-Turbo is a Stable Diffusion 2 under sgm's prefix; transformers from 5 on leaves `text_model.` out.
+    """
+    prefixes: dict[str, str] = {}
+    for text in family.texts:
+        if family.name == "sd2":
+            prefixes["conditioner.embedders.0.model."] = text.prefix
+        if not text.open_clip:
+            tops = ("embeddings.", "encoder.", "final_layer_norm.")
+            prefixes |= {text.prefix + top: f"{text.prefix}text_model.{top}" for top in tops}
+    names = {}
+    for name in tensors:
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        names[name] = prefixes.get(old, "") + name[len(old) :]
+    if len(set(names.values())) < len(names):  # both spellings: left alone, so that the strict check tells it
+        return dict(tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def with_rows(family: Family, tensors: Mapping[str, Tensor]) -> Family:
+    """Return the family with text encoders whose table has as many rows as the file's: learnt words make it longer."""
+    texts = []
+    for text in family.texts:
+        name = "token_embedding.weight" if text.open_clip else "text_model.embeddings.token_embedding.weight"
+        table = tensors.get(text.prefix + name)
+        rows = text.config["vocab_size"] if table is None else max(len(table), text.config["vocab_size"])
+        texts.append(replace(text, config={**text.config, "vocab_size": rows}))
+    return replace(family, texts=tuple(texts))
+
+
 def of_folder(root: Path) -> Family:
     """Read the family of a diffusers folder from its configs.
 

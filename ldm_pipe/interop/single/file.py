@@ -7,10 +7,8 @@ dtype. No network is run, and none is asked: the configs are those of the family
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +31,9 @@ from ldm_pipe.interop.single.families import (
     TextPart,
     detect,
     of_folder,
+    usual_names,
     with_channels,
+    with_rows,
 )
 from ldm_pipe.interop.single.ldm_names import rename, squeezed, unet_modules, vae_modules
 from ldm_pipe.networks import UNet
@@ -48,11 +48,12 @@ from ldm_pipe.pretrained import (
     save_tensors,
     sync_folder,
 )
+from ldm_pipe.pretrained.files import new_folder
 
 REST = "single_file.safetensors"  # what the file has beyond the folder's parts: OpenCLIP's last layer, for the way back
 # What follows from the config, or is of no use for drawing.
 _LEFT_OUT = re.compile(
-    r"(model_ema\.|first_stage_model\.loss\.|.*\.position_ids$|(v_pred|ztsnr|scale_factor|logvar|lvlb_weights)$"
+    r"(model_ema\.|embedding_manager\.|first_stage_model\.loss\.|.*\.position_ids$|(v_pred|ztsnr|scale_factor|logvar|lvlb_weights)$"
     r"|betas$|alphas_cumprod|(sqrt|log)_|posterior_|denoiser\.sigmas$|cond_stage_model\.logit_scale$)"
 )
 
@@ -182,6 +183,8 @@ def import_single_file(
         family = with_channels(of_folder(Path(like)), first.shape[1], where)
     else:
         family = detect(tensors, where)
+    tensors = usual_names(tensors, family)
+    family = with_rows(family, tensors)
     word = _prediction(tensors, family, prediction, where)
     scheduler = {**family.scheduler, "prediction_type": word}
     if "ztsnr" in tensors:
@@ -192,6 +195,8 @@ def import_single_file(
         tensors |= emas(tensors, UNET)
     elif any(name.startswith("model_ema.") for name in tensors):
         notes.append("The file also holds moving averages of the U-Net; ema=True takes those.")
+    if any(name.startswith("embedding_manager.") for name in tensors):
+        notes.append("The file's embedding_manager stays behind: load learnt words as files of their own.")
     if family.pipeline == DEPTH:
         _take(tensors, "depth_model.")
         notes.append("The depth estimator stays behind: draw with depth_map=.")
@@ -206,7 +211,7 @@ def _write(
 ) -> None:
     """Write all parts into a staging folder, then rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    staging = new_folder(target)
     try:
         for part, config, known in (
             ("unet", family.unet, "UNet2DConditionModel"),
@@ -222,9 +227,6 @@ def _write(
             save_tensors(staging / REST, beyond)
         _json(staging / "scheduler" / "scheduler_config.json", family.scheduler)
         _json(staging / "model_index.json", _index(family))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(staging, 0o777 & ~mask)
         staging.rename(target)
         sync_folder(target.parent)
     finally:

@@ -226,7 +226,7 @@ def vlb(
     if float(steps.sigma[-1]) != 0 or steps.next_alpha is not None:
         raise LdmPipeError(
             "L_vlb needs steps that follow each other down to clean data",
-            how_to_fix='use final="clean", arrival="next"',
+            how_to_fix='use final="clean" of a schedule',
         )
     rows = list(steps.pairs())
     backs = [posterior(alpha_t, sigma_t, alpha_s, sigma_s) for _, alpha_t, sigma_t, alpha_s, sigma_s in rows]

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from ldm_pipe.pretrained import (
     save_tensors,
     sync_folder,
 )
+from ldm_pipe.pretrained.locks import FileLock, is_alive
 
 FORMAT = 1
 PREFIX = "checkpoint-"
@@ -99,7 +99,7 @@ def _prune(run_folder: Path, step: int, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
     for stale in run_folder.glob(".tmp-*"):
         pid = stale.name.rsplit("-", 1)[-1]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not is_alive(int(pid)):
             shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -201,55 +201,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-class RunLock:
-    """One writer per run folder: a lock file with pid and host; that of a dead process on this host is taken over."""
+class RunLock(FileLock):
+    """One writer per run folder: a lock file that the kernel holds for this process; a dead one's is taken over."""
 
     def __init__(self, run_folder: Path) -> None:
         """Take the lock, or raise LdmPipeError naming its holder."""
+        fix = "Choose another folder."
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LdmPipeError(
-                f"cannot be made ({error.strerror})", str(run_folder), "Choose another folder."
-            ) from error
-        self.path = run_folder / ".lock"
-        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        for _ in range(2):
-            try:
-                with open(self.path, "x", encoding="utf-8") as file:
-                    file.write(mine)
-                return
-            except FileExistsError:
-                self._remove_if_stale()
-            except OSError as error:
-                raise LdmPipeError(
-                    f"cannot be written ({error.strerror})", str(run_folder), "Choose another folder."
-                ) from error
-        raise LdmPipeError("another process took the lock at the same moment", str(run_folder))
-
-    def _remove_if_stale(self) -> None:
+            raise LdmPipeError(f"cannot be made ({error.strerror})", str(run_folder), fix) from error
         try:
-            holder = json.loads(self.path.read_text(encoding="utf-8") or "{}")
-        except (OSError, json.JSONDecodeError):
-            holder = {}
-        if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
-            holder = {}
-        same_host = holder.get("host") == socket.gethostname()
-        if holder and (not same_host or _alive(int(holder["pid"]))) and holder.get("pid") != os.getpid():
-            what = f"process {holder['pid']} on {holder['host']} writes here already"
-            raise LdmPipeError(what, str(self.path), "Wait for it, or choose another output_dir.")
-        self.path.unlink(missing_ok=True)
-
-    def release(self) -> None:
-        """Give the folder free."""
-        self.path.unlink(missing_ok=True)
+            super().__init__(run_folder / ".lock")
+        except OSError as error:
+            raise LdmPipeError(f"cannot be written ({error.strerror})", str(run_folder), fix) from error

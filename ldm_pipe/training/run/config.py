@@ -16,7 +16,9 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from ldm_pipe.masking import masked_text
 from ldm_pipe.pretrained import LdmPipeError
+from ldm_pipe.printable import printable
 
 MAX_YAML_BYTES = 1 << 20
 
@@ -30,9 +32,7 @@ class StrictModel(BaseModel):
 class DataConfig(StrictModel):
     """Where the pictures come from."""
 
-    train_data_dir: str = Field(
-        "data/emoji/data/noto/train.parquet", description="parquet file or folder, or image folder with captions"
-    )
+    train_data_dir: str = Field("", description="needed: parquet file or folder, or image folder with captions")
     image_column: str = "image"
     caption_column: str | None = Field("caption", description="null: no captions are needed (autoencoder)")
     keywords_column: str | None = None
@@ -124,7 +124,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except FileNotFoundError:
         raise LdmPipeError("the file does not exist", str(path)) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    # A date that is none (2001-13-45) is a ValueError, `!!timestamp x` an AttributeError, a list as key a TypeError.
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, LdmPipeError):
+            raise
         raise LdmPipeError(f"cannot be read as YAML ({error})", str(path)) from None
     if not isinstance(value, dict) or _depth(value) > 8:
         raise LdmPipeError("a run config is a mapping of at most 8 levels", str(path))
@@ -243,5 +246,6 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except LdmPipeError as error:
         lines = [f"error: {error.what}", error.where and f"where: {error.where}", error.how_to_fix]
-        print("\n".join(line for line in lines if line), file=sys.stderr)  # noqa: T201  (the scripts' voice)
+        shown = [printable(masked_text(line), lines=True) for line in lines if line]
+        print("\n".join(shown), file=sys.stderr)  # noqa: T201  (the scripts' voice)
         sys.exit(2)

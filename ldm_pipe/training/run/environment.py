@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ldm_pipe.masking import masked
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.run.zero import check_zero, zero_stage
 
@@ -101,7 +102,7 @@ def hardware(device: torch.device) -> str:
 def describe_environment(device: torch.device, num_processes: int, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Describe a run as JSON values."""
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(masked(sys.argv)),
         "commit": git_commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("ldm-pipe", "torch", "accelerate", "safetensors", "numpy")},

@@ -34,7 +34,7 @@ from ldm_pipe.training.run.checkpoint import (
 from ldm_pipe.training.run.config import TrainConfig, default_values
 from ldm_pipe.training.run.ema import Ema
 from ldm_pipe.training.run.environment import describe_environment, peak_memory, plain_errors, start_processes
-from ldm_pipe.training.run.optim import lr_at, make_optimizer
+from ldm_pipe.training.run.optim import lr_at, make_optimizer, warn_of_long_warmup
 from ldm_pipe.training.run.parts import Logs, Micro, Order, Part
 from ldm_pipe.training.run.records import Records, start_records
 from ldm_pipe.training.run.stop import StopSignal
@@ -303,6 +303,8 @@ class Trainer:
             else:
                 refuse_old_run(self.folder)
             self._start_records()
+            for part in self.parts if self.is_main else ():
+                warn_of_long_warmup(part.optim, self.config.max_train_steps - part.start_step)
             for net in self.nets.values():
                 net.train()
             with plain_errors(str(self.folder)):
@@ -330,7 +332,7 @@ class Trainer:
             if self._anyone_wants_to_stop(stop):
                 break
             if self.validate and self.step % config.validation_steps == 0:
-                self.with_ema(partial(self.validate, self.step, self))
+                self._validate_or_go_on()
             if self.step % config.checkpointing_steps == 0:
                 self.save()
                 saved_at = self.step
@@ -338,6 +340,17 @@ class Trainer:
             self.save()
         elif self.step == first and self.save_result:  # the run before may have ended before its result was there
             self.with_ema(self.save_result)
+
+    def _validate_or_go_on(self) -> None:
+        """Validate; where the sheet cannot be written, go on if the config says so: weights are not lost by it."""
+        assert self.validate is not None
+        try:
+            self.with_ema(partial(self.validate, self.step, self))
+        except (OSError, LdmPipeError) as error:
+            full = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(full, OSError) or self.config.on_save_error == "stop":
+                raise
+            tqdm.write(f"warning: the run goes on without the sheet of step {self.step}: {error}", file=sys.stderr)
 
     def _step_or_save(self) -> Logs:
         try:

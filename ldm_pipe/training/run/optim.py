@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def lr_at(step: int, config: OptimConfig, max_train_steps: int) -> float:
             return config.learning_rate * (1 - u)
         case "cosine":
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * u))
+
+
+def warn_of_long_warmup(config: OptimConfig, max_train_steps: int) -> None:
+    """Say that a run ends before its learning rate is reached: it learns almost nothing."""
+    if config.lr_warmup_steps >= max_train_steps:
+        reached = lr_at(max_train_steps - 1, config, max_train_steps)
+        what = f"the run of {max_train_steps} steps ends within its warm-up of {config.lr_warmup_steps}"
+        more = f"the learning rate only reaches {reached:.2g} of {config.learning_rate:.2g}"
+        warnings.warn(f"{what}: {more}. Give fewer lr_warmup_steps, 0 for none, or more steps", stacklevel=3)
 
 
 class MatrixAdafactor(torch.optim.Adafactor):

@@ -10,12 +10,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ldm_pipe.masking import masked_command
 from ldm_pipe.pretrained import LdmPipeError, atomic_write, read_json
 from ldm_pipe.training.run.config import TrainConfig, dump_config
 
@@ -131,7 +132,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -184,14 +185,22 @@ class Records:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk ends no training; it is the checkpoint that counts
             tqdm.write(f"step {step}: history.jsonl cannot be written ({error.strerror})", file=sys.stderr)
-        if self.tracker is not None:
-            self.tracker.numbers(values, step)
+        self._track(lambda tracker: tracker.numbers(values, step), step)
 
     def show(self, name: str, path: Path, step: int) -> None:
         """Take a picture that lies in the run folder."""
         self.sheets[name] = path
-        if self.tracker is not None:
-            self.tracker.picture(name, path, step)
+        self._track(lambda tracker: tracker.picture(name, path, step), step)
+
+    def _track(self, tell: Callable[[Tracker], None], step: int) -> None:
+        """Tell the tracker; one that cannot write any more (a full disk) is done without, and ends no training."""
+        if self.tracker is None:
+            return
+        try:
+            tell(self.tracker)
+        except OSError as error:
+            self.tracker = None
+            tqdm.write(f"step {step}: the run goes on without its tracker ({error.strerror or error})", file=sys.stderr)
 
     def close(self) -> None:
         """Close all."""
@@ -211,6 +220,8 @@ def start_records(folder: Path, config: TrainConfig, facts: dict[str, Any], step
     path = folder / "run.json"
     if config.resume_from_checkpoint and path.is_file():
         earlier = read_json(path)
+        for one in (earlier, *earlier.get("before", [])):
+            one["command"] = masked_command(str(one.get("command", "")))
         facts = {**facts, "before": [*earlier.pop("before", []), earlier]}
     atomic_write(path, json.dumps(facts, indent=1) + "\n")
     return Records(folder, config, step)

@@ -6,6 +6,7 @@ Tensors go out whole and come back whole, so a run may go on with another number
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,6 +91,12 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], defaults:
     Raises: LdmPipeError listing what differs (config, data set, global batch, frozen weights).
     """
     changes = config_changes(saved["config"], now["config"], defaults)
+    before, after = saved["config"].get("max_train_steps"), now["config"].get("max_train_steps")
+    if isinstance(before, int) and isinstance(after, int) and after > before:  # the same run, going on for longer
+        changes = [line for line in changes if not line.startswith(("max_train_steps: ", "num_train_epochs: "))]
+        if now["config"].get("optim", {}).get("lr_scheduler", "constant") != "constant":
+            what = f"max_train_steps grew from {before} to {after}: the learning rate now falls towards the new end"
+            warnings.warn(what, stacklevel=2)
     if changes and not now["config"]["allow_config_change"]:
         what = "the config differs from the checkpoint's: " + "; ".join(changes)
         raise LdmPipeError(what, where, "Use the saved config, or --allow_config_change if you are sure.")

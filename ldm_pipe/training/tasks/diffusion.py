@@ -244,8 +244,8 @@ def choose_times(
         return importance.draw(u)
     u = batch_uniform(1, config.seed, "t", micro.step, positions=range(1))[0, 0]
     u = times.stratify(u, micro.positions, global_batch)
-    given = {"mean": config.time_mean, "std": config.time_std}
-    options = {name: value for name, value in given.items() if value is not None}
+    chosen = {"mean": config.time_mean, "std": config.time_std}
+    options = {name: value for name, value in chosen.items() if value is not None}
     match config.time_sampling or ("log_normal" if isinstance(law, EDM) else "uniform"):
         case "logit_normal":
             return times.logit_normal(law, u, **options), None
@@ -264,6 +264,54 @@ def of_all_processes(values: Tensor, device: torch.device) -> Tensor:
     return torch.cat(parts).cpu()
 
 
+def draw_condition(
+    data: DiffusionData, config: DiffusionConfig, micro: Micro, device: torch.device
+) -> dict[str, Tensor]:
+    """Draw one of each picture's captions, and leave every condition out at its own rate.
+
+    Returns: the slots of the network for a slice, B rows each.
+    """
+    rows = torch.tensor(micro.indices)
+    draws = batch_uniform(2, config.seed, "caption", micro.step, positions=micro.positions)  # (B, 2)
+    variant = (draws[:, 0] * data.caption_rows.shape[1]).long()
+    more = batch_uniform(4, config.seed, "drop", micro.step, positions=micro.positions)
+    rates = (config.caption_dropout, config.mask_dropout, config.label_dropout, config.caption_dropout_2)
+    dropped = drop_masks(torch.cat([draws[:, 1:], more], dim=1), rates, config.all_dropout)  # (B, 4)
+    captions, empty = data.caption_rows[rows, variant], data.tokens.shape[0] - 1
+    first, second = (torch.where(dropped[:, n], empty, captions) for n in (0, 3))
+    cond = data.condition(first, device, second)
+    if data.beside is not None:
+        cond |= data.beside.slots(rows, dropped[:, 1:3], device)
+    if data.more is not None:
+        cond |= {name: value.to(device) for name, value in data.more(micro).items()}
+    return cond
+
+
+def draw_x_t(
+    data: DiffusionData, schedule: Law, config: DiffusionConfig, micro: Micro, t: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw latents from their posterior and noise, and mix them at the times t (B,).
+
+    With input_perturbation x_t holds other noise than the eps that is to be predicted (DDPM-IP).
+    Returns: x0, eps and x_t, (B, C, h, w) each.
+    """
+
+    def normal(purpose: str, size: tuple[int, ...]) -> Tensor:
+        return batch_normal(size, config.seed, purpose, micro.step, positions=micro.positions)
+
+    mean, std = data.posterior(micro)
+    shape = tuple(mean.shape[1:])
+    x0 = (mean + std * normal("posterior", shape)).to(device)
+    eps = normal("noise", shape).to(device)
+    if config.noise_offset:
+        eps = objectives.offset_noise(eps, normal("offset", shape[:1]).to(device), config.noise_offset)
+    mixed = eps
+    if config.input_perturbation:
+        mixed = objectives.perturb_input(eps, normal("perturbation", shape).to(device), config.input_perturbation)
+    alpha, sigma = (c.to(device) for c in schedule.alpha_sigma(t))
+    return x0, eps, q_sample(x0, mixed, alpha, sigma)
+
+
 def diffusion_loss(
     net: Callable[..., Tensor],
     data: DiffusionData,
@@ -279,41 +327,12 @@ def diffusion_loss(
     All draws are keyed by (seed, purpose, step, position), see `ldm_pipe.training.run.rng`. Importance sampling learns
     from the losses of all processes, so that they stay alike, and draws the times of a batch independently.
     """
-    objective, null_row = build_objective(config, schedule), data.tokens.shape[0] - 1
-    keys = (config.seed,)
-    rates = (config.caption_dropout, config.mask_dropout, config.label_dropout, config.caption_dropout_2)
-
-    def normal(purpose: str, micro: Micro, size: tuple[int, ...]) -> Tensor:
-        return batch_normal(size, *keys, purpose, micro.step, positions=micro.positions)
+    objective = build_objective(config, schedule)
 
     def loss(micro: Micro) -> tuple[Tensor, Logs]:
-        rows = torch.tensor(micro.indices)
-        draws = batch_uniform(2, *keys, "caption", micro.step, positions=micro.positions)  # (B, 2)
-        variant = (draws[:, 0] * data.caption_rows.shape[1]).long()
-        more = batch_uniform(4, *keys, "drop", micro.step, positions=micro.positions)
-        dropped = drop_masks(torch.cat([draws[:, 1:], more], dim=1), rates, config.all_dropout)  # (B, 4)
-        told = data.caption_rows[rows, variant]
-        first, second = (torch.where(dropped[:, n], null_row, told) for n in (0, 3))
-        cond = data.condition(first, device, second)
-        if data.beside is not None:
-            cond |= data.beside.slots(rows, dropped[:, 1:3], device)
-        if data.more is not None:
-            cond |= {name: value.to(device) for name, value in data.more(micro).items()}
-        mean, std = data.posterior(micro)
-        shape = tuple(mean.shape[1:])
-        x0 = (mean + std * normal("posterior", micro, shape)).to(device)
-        eps = normal("noise", micro, shape).to(device)
-        if config.noise_offset:
-            offset = normal("offset", micro, shape[:1])
-            eps = objectives.offset_noise(eps, offset.to(device), config.noise_offset)
+        cond = draw_condition(data, config, micro, device)
         t, weight = choose_times(config, schedule, micro, global_batch, importance)
-        alpha, sigma = (c.to(device) for c in schedule.alpha_sigma(t))
-        mixed = eps
-        if config.input_perturbation:
-            mixed = objectives.perturb_input(
-                eps, normal("perturbation", micro, shape).to(device), config.input_perturbation
-            )
-        x_t = q_sample(x0, mixed, alpha, sigma)
+        x0, eps, x_t = draw_x_t(data, schedule, config, micro, t, device)
         shown, time = network_input(schedule, schedule.prediction, x_t, t)
         output = net(shown, time.to(device, torch.float32), **cond)
         losses = objectives.losses(objective, schedule, output, x0, eps, x_t, t)

@@ -23,7 +23,7 @@ from ldm_pipe.data.framing import CENTER, frame_picture
 from ldm_pipe.data.images import resize, to_tensor
 from ldm_pipe.data.order import DataOrder, concept_weights
 from ldm_pipe.data.rows import DataReport
-from ldm_pipe.data.stream import Stream, open_stream
+from ldm_pipe.data.stream import Stream, open_stream, picture_roots
 from ldm_pipe.pretrained import LdmPipeError, atomic_write
 from ldm_pipe.training.run.config import DataConfig
 from ldm_pipe.training.run.rng import batch_uniform
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 MAX_RESIDENT_BYTES = 2 << 30
 
 
+def refuse_no_data(config: DataConfig) -> None:
+    """Raise LdmPipeError where no pictures are named: nobody means to train on whatever lies about."""
+    if not config.train_data_dir.strip():
+        raise LdmPipeError("no pictures are named", "train_data_dir", "Name a folder or file: --train_data_dir ...")
+
+
 def open_records(config: DataConfig, output_dir: str | Path | None = None) -> Records:
     """Read the records a config names, without the rows its `exclude_columns` mark.
 
@@ -41,6 +47,7 @@ def open_records(config: DataConfig, output_dir: str | Path | None = None) -> Re
         config: the run's data.
         output_dir: if given, the main process says what was left out, and lists it in `left_out.txt` there.
     """
+    refuse_no_data(config)
     records = load_records(
         config.train_data_dir,
         image_column=config.image_column,
@@ -50,6 +57,7 @@ def open_records(config: DataConfig, output_dir: str | Path | None = None) -> Re
         check_images=config.check_images,
         max_bad_fraction=config.max_bad_fraction,
         config_name=config.dataset_config_name,
+        shape=(config.resolution, config.resolution),
     )
     if output_dir is not None and os.environ.get("RANK", "0") == "0":
         tell_left_out(records.report, Path(output_dir))
@@ -63,10 +71,10 @@ def open_records(config: DataConfig, output_dir: str | Path | None = None) -> Re
 def tell_left_out(report: DataReport, folder: Path) -> None:
     """Say how many rows are used and why others are not; name those in `left_out.txt`."""
     lines = [str(report)]
-    if report.problems:
+    if missing := [*report.problems, *report.skipped]:
         path = folder / "left_out.txt"
-        atomic_write(path, "".join(f"{problem}\n" for problem in report.problems))
-        lines.append(f"left out, listed in {path}, the first ones: {'; '.join(map(str, report.problems[:3]))}")
+        atomic_write(path, "".join(f"{problem}\n" for problem in missing))
+        lines.append(f"left out, listed in {path}, the first ones: {'; '.join(map(str, missing[:3]))}")
     tqdm.write("\n".join(lines), file=sys.stderr)
 
 
@@ -234,11 +242,13 @@ class StreamBatches:
         }  # fmt: skip
         if refused := [name for name, value in wanted.items() if value]:
             raise LdmPipeError(f"a stream cannot serve {', '.join(refused)}", "data", "Leave them, or streaming, out.")
+        refuse_no_data(config)
         stream = Stream(
             open_stream(config.train_data_dir, config_name=config.dataset_config_name),
             image_column=config.image_column, caption_column=config.caption_column, seed=seed,
             process_index=process_index, num_processes=num_processes, null_captions=config.null_captions,
-            max_bad_fraction=config.max_bad_fraction,
+            max_bad_fraction=config.max_bad_fraction, roots=picture_roots(config.train_data_dir),
+            shape=(config.resolution, config.resolution),
         )  # fmt: skip
         return cls(stream, config, seed, per_step)
 

@@ -78,10 +78,25 @@ def read_plan_config(path: str | Path) -> AutoencoderConfig | DiffusionConfig:
     if "pretrained_model_name_or_path" in values or "method" in values:
         fix = "Name the config the model was trained with; a LoRA adds some per cent to its weights."
         raise LdmPipeError("plans of fine-tuning are not made", str(path), fix)
+    for key in ("autoencoder", "text_encoder") if "network" not in values else ():
+        planned = _planned(Path(path), str(values.get(key, "")))
+        if planned is not None:
+            values[key] = planned
     model = AutoencoderConfig if "network" in values else DiffusionConfig
     if model is DiffusionConfig and not values.keys() & {"unet", "schedule", "autoencoder", "text_encoder"}:
         raise LdmPipeError("neither an autoencoder's config nor a diffusion model's", str(path))
     return build_config(model, values, str(path))
+
+
+def _planned(path: Path, folder: str) -> str | None:
+    """Return the config beside a config whose run will write a folder that is not there yet; None: there is none."""
+    if not folder or Path(folder).is_dir():
+        return None
+    for other in sorted(path.parent.glob("*.yaml")):
+        made = str(read_yaml(other).get("output_dir", ""))
+        if made and Path(folder) in (Path(made), Path(made) / "vae"):
+            return str(other)
+    return None
 
 
 def _autoencoder_nets(config: AutoencoderConfig) -> list[Net]:
@@ -118,14 +133,33 @@ def _stored(folder: Path, name: str, keys: tuple[str, ...], default: int | None 
     return default
 
 
+def _latents(place: Path) -> tuple[int, int]:
+    """Return the channels and levels of an autoencoder: of its folder, or of the config that will make it."""
+    if place.suffix == ".yaml":
+        network = build_config(AutoencoderConfig, read_yaml(place), str(place)).network
+        return network.latent_channels, len(network.block_out_channels)
+    if not (place / "config.json").is_file():
+        fix = "Put the config that makes it beside this one, or plan and train it first."
+        raise LdmPipeError("the autoencoder is not there yet", str(place), fix)
+    return _stored(place, ".", ("latent_channels",)), len(read_json(place / "config.json")["block_out_channels"])
+
+
+def _tokens(place: Path) -> tuple[int, int]:
+    """Return the width and number of tokens of a text encoder: of its folder, or of the config that will make it."""
+    if place.suffix == ".yaml":
+        values = read_yaml(place)
+        width, length = values.get("hidden_size"), values.get("max_length", 77)
+        if not isinstance(width, int) or not isinstance(length, int):
+            raise LdmPipeError("hidden_size is not said", str(place), "Train the text encoder first.")
+        return width, length
+    width = _stored(place, "text_encoder", ("hidden_size", "d_model"))
+    return width, _stored(place, "text_encoder", ("max_position_embeddings", "n_positions"), 77)
+
+
 def _diffusion_nets(config: DiffusionConfig) -> list[Net]:
-    vae, text = Path(config.autoencoder), Path(str(config.text_encoder))
-    if not (vae / "config.json").is_file():
-        raise LdmPipeError("the autoencoder is not there yet", str(vae), "Plan and train it first.")
-    channels = _stored(vae, ".", ("latent_channels",))
-    size = config.data.resolution // 2 ** (len(read_json(vae / "config.json")["block_out_channels"]) - 1)
-    width = _stored(text, "text_encoder", ("hidden_size", "d_model"))
-    length = _stored(text, "text_encoder", ("max_position_embeddings", "n_positions"), 77)
+    channels, levels = _latents(Path(config.autoencoder))
+    size = config.data.resolution // 2 ** (levels - 1)
+    width, length = _tokens(Path(str(config.text_encoder)))
     shape = config.unet.model_dump(mode="json") | {
         "sample_size": size, "in_channels": channels, "cross_attention_dim": width,
         "out_channels": channels * (2 if config.learn_variance else 1),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ldm_pipe.interop.textual_inversion import load_word
 
 from conditioning import (
     CLIPTextEncoder,
@@ -16,7 +17,6 @@ from conditioning import (
     Reading,
     SpatialRescaler,
     TransformerTextEncoder,
-    load_concept,
     load_text_encoder,
     score_condition,
     size_condition,
@@ -176,7 +176,7 @@ def test_a_learned_word_stands_for_its_vectors(tmp_path: Path) -> None:
     pooled = encoder(TOKENIZER(["red apple"]).ids).pooled
     vectors = torch.randn(3, 32)
     save_tensors(tmp_path / "cat.safetensors", {"<cat>": vectors})
-    assert load_concept([encoder], tmp_path / "cat.safetensors") == "<cat>"
+    assert load_word([encoder], tmp_path / "cat.safetensors") == "<cat>"
     assert torch.equal(encoder.encode(["red apple"]).tokens, before.tokens)
     ids = encoder.tokenizer(["a <cat> pie", "red apple"]).ids
     first = len(TOKENIZER)
@@ -199,28 +199,11 @@ def test_learned_words_are_saved_with_encoder_and_tokenizer(tmp_path: Path) -> N
     assert torch.allclose(loaded.encode(texts).tokens, encoder.encode(texts).tokens, atol=1e-6)
 
 
-def test_files_of_a1111_and_of_sdxl(tmp_path: Path) -> None:
-    torch.save({"string_to_param": {"*": torch.randn(2, 32)}, "name": "x"}, tmp_path / "style.pt")
-    assert load_concept([clip()], tmp_path / "style.pt") == "<style>"
-    save_tensors(tmp_path / "two.safetensors", {"clip_l": torch.randn(1, 32), "clip_g": torch.randn(1, 24)})
-    pair = [clip(), clip(hidden_size=24)]
-    assert load_concept(pair, tmp_path / "two.safetensors", "<two>") == "<two>"
-    assert [encoder.config.vocab_size for encoder in pair] == [len(TOKENIZER) + 1] * 2
-
-
-def test_words_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_words_that_do_not_fit_are_refused() -> None:
     encoder = clip()
     encoder.add_token("<cat>", torch.randn(32))
-    save_tensors(tmp_path / "a.safetensors", {"<a>": torch.randn(31)})
-    save_tensors(tmp_path / "b.safetensors", {"a": torch.randn(32), "b": torch.randn(32)})
-    save_tensors(tmp_path / "c.safetensors", {"clip_l": torch.randn(32), "clip_g": torch.randn(32)})
-    (tmp_path / "d.pt").write_bytes(b"cos\nsystem\n")
-    for name, message in (("a", "31, 32"), ("b", "2 tables"), ("c", "2 text encoders, the model has 1")):
-        with pytest.raises(LdmPipeError, match=message):
-            load_concept([encoder], tmp_path / f"{name}.safetensors")
-    with pytest.raises(LdmPipeError, match="cannot be read as weights"):
-        load_concept([encoder], tmp_path / "d.pt")
-    for word, message in (("<cat>", "is taken"), ("a b", "a space in it"), ("", "empty")):
+    words = (("<cat>", "is taken"), ("<CAT>", "is taken"), ("a b", "a space in it"), ("", "empty"))
+    for word, message in words:
         with pytest.raises(LdmPipeError, match=message):
             encoder.add_token(word, torch.randn(32))
 

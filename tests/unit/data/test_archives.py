@@ -83,7 +83,7 @@ def test_json_members_are_columns_and_may_hold_several_captions(tmp_path: Path) 
     records = load_records(path, max_bad_fraction=1)
     assert records.caption_lists == [["one", "two"]]
     assert records.column("licence") == ["ofl"]
-    assert {problem.kind for problem in records.report.problems} == {"missing picture"}
+    assert {problem.kind for problem in records.report.problems} == {"missing caption"}
 
 
 def test_every_kind_of_faulty_row_is_named(tmp_path: Path) -> None:

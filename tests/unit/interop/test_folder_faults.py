@@ -21,7 +21,8 @@ from ldm_pipe.cli import main
 from ldm_pipe.networks import UNet
 from ldm_pipe.networks.prior import PriorTransformer
 from ldm_pipe.pretrained import LdmPipeError, read_json
-from ldm_pipe.pretrained.files import load_folder_tensors, safe_child
+from ldm_pipe.pretrained.files import safe_child
+from ldm_pipe.pretrained.weights import load_folder_tensors
 from tests.pipelines import quiet
 
 TINY = Path(__file__).parents[2] / "data" / "tiny_pipeline"

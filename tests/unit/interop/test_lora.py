@@ -17,7 +17,7 @@ from ldm_pipe.interop.lora.layers import TrainableLora
 from ldm_pipe.interop.lora.words import forget_words, load_word, read_vectors, save_word
 from ldm_pipe.interop.single.ldm_names import rename, unet_modules
 from ldm_pipe.networks import UNet
-from ldm_pipe.pipelines.adapters import Loras
+from ldm_pipe.pipelines.loras import Loras
 from ldm_pipe.pretrained import LdmPipeError, load_tensors, save_tensors
 from tests.single_files import make_folder
 

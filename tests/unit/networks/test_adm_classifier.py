@@ -27,7 +27,10 @@ def numbers(*shape: int) -> Tensor:
     return 0.2 * torch.randn(*shape, generator=DRAW)
 
 
-def checkpoint() -> dict[str, Tensor]:
+HIDDEN = 64
+
+
+def checkpoint(pool: str = "attention") -> dict[str, Tensor]:
     """Draw the tensors of EncoderUNetModel, two levels with attention in the second and in the middle."""
     tensors: dict[str, Tensor] = {}
 
@@ -64,7 +67,16 @@ def checkpoint() -> dict[str, Tensor]:
     residual("middle_block.0", 64, 64)
     attention("middle_block.1", 64)
     residual("middle_block.2", 64, 64)
+    if pool.startswith("spatial"):  # conv_in, five blocks, the middle
+        linear("out.0", 32 + 3 * 32 + 2 * 64 + 64, HIDDEN)
+        linear("out.2" if pool == "spatial" else "out.3", HIDDEN, CLASSES)
+        if pool == "spatial_v2":
+            norm("out.1", HIDDEN)
+        return tensors
     norm("out.0", 64)
+    if pool == "adaptive":
+        linear("out.3", 64, CLASSES, 1, 1)
+        return tensors
     tensors["out.2.positional_embedding"] = numbers(64, 1 + (SIZE // 2) ** 2)
     linear("out.2.qkv_proj", 64, 192, 1)
     linear("out.2.c_proj", 64, CLASSES, 1)
@@ -104,10 +116,19 @@ def reference(tensors: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
         return (flat + F.conv1d(h, *of(f"{name}.proj_out"))).reshape(x.shape)
 
     h = F.conv2d(x, *of("input_blocks.0.0"), padding=1)
+    means = [h.mean((2, 3))]
     for n in range(1, 6):
         h = residual(f"input_blocks.{n}.0", h, halve=n == 3)
         h = attention(f"input_blocks.{n}.1", h) if n > 3 else h
+        means.append(h.mean((2, 3)))
     h = residual("middle_block.2", attention("middle_block.1", residual("middle_block.0", h)))
+    if "out.2.weight" in tensors:  # spatial
+        return F.linear(F.relu(F.linear(torch.cat([*means, h.mean((2, 3))], -1), *of("out.0"))), *of("out.2"))
+    if "out.1.weight" in tensors:  # spatial_v2
+        hidden = F.linear(torch.cat([*means, h.mean((2, 3))], -1), *of("out.0"))
+        return F.linear(F.silu(F.group_norm(hidden, 32, *of("out.1"))), *of("out.3"))
+    if "out.3.weight" in tensors:  # adaptive
+        return F.conv2d(F.adaptive_avg_pool2d(F.silu(F.group_norm(h, 32, *of("out.0"))), 1), *of("out.3")).flatten(1)
     h = F.silu(F.group_norm(h, 32, *of("out.0"))).flatten(2)  # and AttentionPool2d
     h = torch.cat([h.mean(dim=-1, keepdim=True), h], dim=-1) + tensors["out.2.positional_embedding"][None]
     qkv = F.conv1d(h, *of("out.2.qkv_proj"))
@@ -122,6 +143,30 @@ def imported(tmp_path: Path) -> tuple[ADMClassifier, dict[str, Tensor]]:
     notes = import_adm(tmp_path / "classifier.pt", tmp_path / "out", heads=Heads(width=HEAD))
     assert "classifier" in notes[0]
     return ADMClassifier.from_pretrained(tmp_path / "out" / "classifier"), tensors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["adaptive", "spatial", "spatial_v2"])
+def test_every_pool_of_openais_code_loads_and_computes_the_same(pool: str, tmp_path: Path) -> None:
+    """fp32, 1e-5 of the largest logit; `pool="adaptive"` used to end in a KeyError."""
+    tensors = checkpoint(pool)
+    torch.save(tensors, tmp_path / "classifier.pt")
+    import_adm(tmp_path / "classifier.pt", tmp_path / "out", heads=Heads(width=HEAD))
+    net = ADMClassifier.from_pretrained(tmp_path / "out" / "classifier")
+    x, t = torch.randn(2, 3, SIZE, SIZE, generator=DRAW), torch.tensor([3.0, 701.0])
+    expected = reference(tensors, x, t)
+    assert expected.shape == (2, CLASSES) and float(expected.abs().max()) > 0.1
+    assert float((net(x, t) - expected).abs().max() / expected.abs().max()) < 1e-5
+    net.save_pretrained(tmp_path / "again")
+    assert torch.equal(ADMClassifier.from_pretrained(tmp_path / "again")(x, t), net(x, t))
+    with pytest.raises(LdmPipeError, match="x_t"):
+        net(x[:, :, 1:], t)
+
+
+def test_an_unknown_pool_is_refused() -> None:
+    config = read_classifier_config(checkpoint("adaptive"), "file", head_width=HEAD)
+    with pytest.raises(LdmPipeError, match=r"pool.*'max'.*adaptive"):
+        ADMClassifier.from_config({**config, "pool": "max"})
 
 
 @torch.no_grad()

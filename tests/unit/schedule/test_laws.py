@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.schedule import Law, NoiseSchedule
 from ldm_pipe.schedule import read as schedule_config
-from ldm_pipe.schedule.laws import EDM, VE, ContinuousVP, Flow, ResolutionShift, resolution_shift, shift_times
+from ldm_pipe.schedule.laws import EDM, VE, ContinuousVP, Flow, ResolutionShift, shift_times
 from ldm_pipe.schedule.spacing import Ramp
 
 LAWS: dict[str, Law] = {
@@ -116,7 +116,6 @@ def test_flow_shift_is_equation_23(t: float, shift: float) -> None:
 
 
 def test_the_shift_of_a_resolution() -> None:
-    assert resolution_shift(4096, 1024) == 2  # SD3: 1024 pixels against 512
     flux = ResolutionShift()
     assert (flux.mu(256), flux.mu(4096)) == pytest.approx((0.5, 1.15))
     assert flux.shift(4096) == pytest.approx(math.exp(1.15))

@@ -16,6 +16,7 @@ from ldm_pipe.schedule import NoiseSchedule
 from ldm_pipe.schedule.betas import BetaSchedule, make_betas
 from ldm_pipe.schedule.spacing import Ramp
 from ldm_pipe.schedule.steps import Steps
+from tests.samplers import stride
 
 LAWS = get_args(BetaSchedule)
 SPACINGS = ("leading", "trailing", "linspace")
@@ -127,8 +128,8 @@ def test_trailing_previous_time_is_the_next_row() -> None:
     rows = list(steps.pairs())
     for here, after in itertools.pairwise(rows):
         assert here[3:] == after[1:3]
-    stride = list(schedule.steps(30, spacing="trailing", arrival="stride").pairs())
-    assert any(here[3:] != after[1:3] for here, after in itertools.pairwise(stride))
+    strided = list(stride(steps, schedule).pairs())
+    assert any(here[3:] != after[1:3] for here, after in itertools.pairwise(strided))
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001, 2.5, True])
@@ -193,7 +194,7 @@ def test_strength_outside_its_range_is_refused(strength: float) -> None:
 
 
 def test_strength_keeps_the_strides() -> None:
-    steps = NoiseSchedule().steps(30, spacing="linspace", arrival="stride")
+    steps = stride(NoiseSchedule().steps(30, spacing="linspace"), NoiseSchedule())
     assert next(steps.from_strength(0.5).pairs())[1:] == list(steps.pairs())[15][1:]
 
 

@@ -130,9 +130,10 @@ def test_fault_12_a_config_change_on_resume_is_refused_with_the_differences(tmp_
     changed = {"max_train_steps": 3, "caption_dropout": 0.2, "optim": {"learning_rate": 1e-3, "lr_warmup_steps": 2}}
     with pytest.raises(LdmPipeError) as error:
         run(tmp_path, resume_from_checkpoint="latest", **changed)
-    for part in ("max_train_steps: 2 -> 3", "caption_dropout: 0.1 -> 0.2", "optim.learning_rate: 0.002 -> 0.001"):
+    for part in ("caption_dropout: 0.1 -> 0.2", "optim.learning_rate: 0.002 -> 0.001"):
         assert part in str(error.value)
-    assert "train_batch_size" not in str(error.value)
+    for part in ("train_batch_size", "max_train_steps"):  # that a run shall go on for longer is no change
+        assert part not in str(error.value)
     resumed = run(tmp_path, resume_from_checkpoint="latest", allow_config_change=True, **changed)
     assert resumed.step == 3
 

@@ -5,6 +5,7 @@ What enters: a YAML file and flags. What leaves: a checked FinetuneConfig. This 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -85,6 +86,11 @@ class FinetuneConfig(TrainConfig):
     validation_guidance_scale: float | None = Field(None, description="none: the model's default")
     validation_num_inference_steps: int = Field(25, ge=1)
 
+    num_train_epochs: int | None = Field(
+        None, ge=1, description="times through the pictures, instead of max_train_steps"
+    )
+    scale_lr: bool = Field(False, description="multiply the learning rate by batch size, accumulation and processes")
+
     @field_validator("data", mode="before")
     @classmethod
     def _caption_column_of_habit(cls, value: Any) -> Any:
@@ -129,6 +135,7 @@ def check_config(config: FinetuneConfig) -> None:
     """
     inversion, full = config.method == "textual_inversion", config.method == "full"
     rules = (
+        (not config.data.train_data_dir.strip(), "no pictures are named", "Name them: --train_data_dir my_pictures."),
         (inversion and not config.placeholder_token, "method textual_inversion without a placeholder_token",
          "Name the new word: --placeholder_token '<my-thing>'."),
         (inversion and not config.initializer_token, "method textual_inversion without an initializer_token",
@@ -160,6 +167,49 @@ def check_config(config: FinetuneConfig) -> None:
             raise LdmPipeError(what, "config", how_to_fix)
 
 
+def resolve(config: FinetuneConfig, num_rows: int, processes: int) -> FinetuneConfig:
+    """Put the steps of `num_train_epochs` and the learning rate of `scale_lr` in, as diffusers' examples count them.
+
+    Raises: LdmPipeError for epochs of a stream, whose length nobody knows.
+    """
+    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    changes: dict[str, Any] = {}
+    if config.num_train_epochs is not None:
+        if not num_rows:
+            raise LdmPipeError("num_train_epochs with data.streaming", "config", "Give --max_train_steps.")
+        changes["max_train_steps"] = config.num_train_epochs * math.ceil(num_rows / batch)
+    if config.scale_lr:
+        rate = config.optim.learning_rate * batch
+        changes["optim"] = config.optim.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update=changes)
+
+
+# Flags of diffusers' examples that have no counterpart of the same name, and what to do instead.
+_UPLOAD = "Upload the result when it is there: `hf upload NAME <output_dir>/pipeline`."
+_NO_WORKERS = "Leave it out: latents are computed once and kept, so that no step waits for pictures."
+_CLASSIC = "Leave it out: `num_cycles` and `power` belong to schedules that are not here (constant, linear, cosine)."
+COUNTERPARTS = {
+    "push_to_hub": _UPLOAD, "hub_model_id": _UPLOAD, "hub_token": _UPLOAD, "hub_private_repo": _UPLOAD,
+    "dataloader_num_workers": _NO_WORKERS, "lr_num_cycles": _CLASSIC, "lr_power": _CLASSIC,
+    "logging_dir": "TensorBoard's files lie in <output_dir>.",
+    "tracker_project_name": "Use --report_to wandb; the project is set by WANDB_PROJECT.",
+    "validation_epochs": "Use --validation_steps.", "save_steps": "Use --checkpointing_steps.",
+    "local_rank": "Leave it out: `accelerate launch` or `torchrun` tells each process its number.",
+    "non_ema_revision": "Use --revision.", "tokenizer_name": "The tokenizer is that of the model.",
+    "pretrained_vae_model_name_or_path": "The autoencoder is that of the model.",
+    "prior_generation_precision": "Leave it out: class pictures are drawn in float32.",
+    "pre_compute_text_embeddings": "Leave it out: they are computed once wherever no text encoder is trained.",
+    "set_grads_to_none": "Leave it out: gradients are always set to None.",
+    "offset_noise": "Use --noise_offset 0.1.", "dream_training": "It is not here.",
+    "text_encoder_lr": "Use --learning_rate.",
+    "image_interpolation_mode": "Leave it out: pictures are scaled by Lanczos, or by whole box averages.",
+    "save_as_full_pipeline": "Leave it out: <output_dir>/pipeline is always written.",
+    "repeats": "Use --max_train_steps: pictures repeat as long as there are steps.",
+    "ema_decay_type": "Use --ema_decay.", "foreach_ema": "Leave it out.", "offload_ema": "Leave it out.",
+    "noise_scheduler": "Use --prediction_type and --zero_terminal_snr.",
+}  # fmt: skip
+
+
 ALIASES = {
     "instance_data_dir": ["--data.train_data_dir"],
     "dataset_name": ["--data.train_data_dir"],
@@ -168,9 +218,22 @@ ALIASES = {
 }
 
 
+def help_text() -> str:
+    """Describe the script, and the flags that the list below spells otherwise."""
+    flat = [f"--{name}" for model in (OptimConfig, DataConfig) for name in model.model_fields]
+    also = ", ".join(f"--{name}" for name in ALIASES)
+    return (
+        "Fine-tune a text-to-image model. Flags of the groups optim and data may be written without the group, as "
+        f"diffusers' examples have them: {', '.join(flat)}. Also understood: {also}."
+    )
+
+
 def flat_flags(argv: Sequence[str]) -> list[str]:
     """Write flags of diffusers' examples as this config nests them: `--learning_rate` is `--optim.learning_rate`."""
     groups = {"optim": set(OptimConfig.model_fields), "data": set(DataConfig.model_fields)}
+    names = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if {"num_train_epochs", "max_train_steps"} <= names:
+        raise LdmPipeError("num_train_epochs and max_train_steps", "command line", "Give one of them.")
     words: list[str] = []
     for word in argv:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -178,6 +241,8 @@ def flat_flags(argv: Sequence[str]) -> list[str]:
         if not word.startswith("--"):
             words.append(word)
             continue
+        if name in COUNTERPARTS:
+            raise LdmPipeError(f"there is no --{name} here", "command line", COUNTERPARTS[name])
         if name in ALIASES:
             flag, *rest = ALIASES[name]
             words += [flag + equals + value, *rest]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ldm_pipe.data.images import make_grid
+from ldm_pipe.data.images import make_grid, save_picture
 from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.run.environment import git_commit, process_device
 from ldm_pipe.training.run.loop import Part, Trainer
-from ldm_pipe.training.tasks.finetune.config import FinetuneConfig, check_config
+from ldm_pipe.training.tasks.finetune.config import FinetuneConfig, check_config, resolve
 from ldm_pipe.training.tasks.finetune.convert import convert
 from ldm_pipe.training.tasks.finetune.data import finetune_loss, make_inputs, open_instances, stream_inputs
 from ldm_pipe.training.tasks.finetune.dreambooth import class_pictures
@@ -63,8 +63,7 @@ def draw_sheet(pipe: LatentDiffusionPipeline, config: FinetuneConfig, path: Path
     finally:
         for module, home in homes:
             module.to(home)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(images, columns=num if num > 1 else 8, labels=prompts).save(path)
+    save_picture(make_grid(images, columns=num if num > 1 else 8, labels=prompts), path)
 
 
 def make_trainer(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> tuple[Trainer, Trained]:
@@ -77,6 +76,7 @@ def make_trainer(pipe: LatentDiffusionPipeline, config: FinetuneConfig) -> tuple
     if config.validation_prompts and os.environ.get("RANK", "0") == "0" and not before.is_file():
         draw_sheet(pipe, config, before)
     inputs = stream_inputs(pipe, config) if records is None else make_inputs(pipe, config, records, others)
+    config = resolve(config, inputs.num_rows, int(os.environ.get("WORLD_SIZE", "1")))
     facts = {
         "data": f"{inputs.num_rows or 'a stream of'} pictures of {config.data.train_data_dir}",
         "steps": str(config.max_train_steps),
