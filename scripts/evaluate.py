@@ -18,30 +18,27 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, load_autoencoder
-from autoencoder.losses import perceptual_distance
 from conditioning.contrastive import ImageTower
 from ldm_pipe.cli.paths import OutputError, check_folder
 from ldm_pipe.data.cache import module_hash
 from ldm_pipe.data.dataset import Records, load_records
-from ldm_pipe.data.images import make_grid, resize, to_pil, to_tensor
-from ldm_pipe.metrics.arguments import add_drawing_kinds
+from ldm_pipe.data.images import make_grid, to_pil, to_tensor
 from ldm_pipe.metrics.command import add_metrics
 from ldm_pipe.metrics.inversion import measure_inversion
 from ldm_pipe.metrics.likelihood import default_num_steps, measure_bits
-from ldm_pipe.metrics.likeness import memorisation, sharpness
+from ldm_pipe.metrics.likeness import report_likeness
 from ldm_pipe.metrics.mask import measure_masks
 from ldm_pipe.metrics.reconstruction import report_reconstruction
-from ldm_pipe.metrics.report import plot_rates, save_picture, write_results
+from ldm_pipe.metrics.report import image_batches, plot_rates, save_picture, write_results
 from ldm_pipe.metrics.retrieval import chosen_by_hash, concept_ranks, hit_rate, standard_error, thumbnails
 from ldm_pipe.metrics.style import StyleClassifier, load_or_fit
 from ldm_pipe.pipelines.latent import LatentDiffusionPipeline
@@ -68,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--resolution", type=int, help="side of the pictures; default: the model's")
     rebuild.add_argument("--num_images", type=int, help="only the first so many of each set (a quick look)")
     rebuild.set_defaults(run=run_autoencoder)
-    retrieve, style, sheet, like = add_drawing_kinds(kinds, run_retrieval, run_sheet, run_likeness)
+    retrieve, style, sheet, like = add_drawing_kinds(kinds)
     bits = kinds.add_parser("bits", help="bound on the bits per dimension of the validation drawings' latents")
     bits.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
     bits.add_argument("--validation_file", default=f"{NOTO}/validation.parquet", help="drawings never trained on")
@@ -100,6 +97,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_drawing_kinds(kinds: Any) -> list[argparse.ArgumentParser]:
+    """Describe the evaluations that draw what captions ask for."""
+    retrieve = kinds.add_parser("retrieval", help="how often the nearest drawing is of the right concept")
+    style = kinds.add_parser("style", help="retrieval among the flat drawings, and how flat the pictures look")
+    style.add_argument("--classifier", default="runs/emoji/style", help="folder; fitted there if it is not there yet")
+    sheet = kinds.add_parser("sheet", help="one labelled sheet of uncurated pictures")
+    like = kinds.add_parser("likeness", help="nearness to training drawings (memorisation), and sharpness")
+    like.add_argument("--num_prompts", type=int, default=100, help="captions, chosen by hash (default 100)")
+    like.add_argument("--image_tower", help="folder of the network for the perceptual distance")
+    like.set_defaults(run=run_likeness)
+    retrieve.set_defaults(run=run_retrieval, classifier=None)
+    style.set_defaults(run=run_retrieval)
+    sheet.set_defaults(run=run_sheet)
+    for one in (retrieve, style):
+        one.add_argument("--num_prompts", type=int, default=400, help="captions, chosen by hash (default 400)")
+        one.add_argument("--answer_column", default="concept", help="what the nearest drawing must share (concept)")
+    for one in (retrieve, style, sheet, like):
+        one.add_argument("--lora", nargs="+", default=[], help="LoRA files or folders to draw with")
+        one.add_argument("--prompt_suffix", default="", help="words put behind every prompt, such as ', <flat>'")
+        one.add_argument("--model", help="folder, training run or hub id; default: the shipped model")
+        one.add_argument("--prompt_column", default="caption", help="for a model of labels: their column")
+        one.add_argument("--num_inference_steps", type=int, help="default: the model's")
+        one.add_argument("--sampler", help="ddim, ddpm, euler or dpmpp_2m; default: the model's")
+        how = (
+            {"nargs": "+", "help": "one, or several to compare"}
+            if one in (retrieve, style)
+            else {"help": "default: the model's"}
+        )
+        one.add_argument("--guidance_scale", type=float, **how)  # pyright: ignore[reportArgumentType]
+    return [retrieve, style, sheet, like]
+
+
 def load_plain(path: str) -> Records:
     """Read the drawings that are no skin tone, gender or flag variant."""
     return load_records(path, caption_column="caption", filters=PLAIN)
@@ -113,15 +142,6 @@ def load_any_autoencoder(name: str | None) -> Autoencoder:
     if name is not None and (Path(name) / "config.json").is_file():
         return load_autoencoder(name)
     return LatentDiffusionPipeline.from_pretrained(name).autoencoder
-
-
-def image_batches(records: Records, resolution: int, batch_size: int, name: str) -> Iterator[Tensor]:
-    """Yield all pictures of a set in order, (B, 3, R, R), behind a progress bar."""
-    with tqdm(total=len(records), desc=name) as bar:
-        for first in range(0, len(records), batch_size):
-            rows = range(first, min(first + batch_size, len(records)))
-            yield torch.stack([to_tensor(resize(records.image(row), resolution)) for row in rows])
-            bar.update(len(rows))
 
 
 def run_autoencoder(args: argparse.Namespace, device: torch.device) -> None:
@@ -245,14 +265,10 @@ def run_retrieval(args: argparse.Namespace, device: torch.device) -> None:
         first, five = hit_rate(ranks, 1), hit_rate(ranks, 5)
         style = judge and round(float(judge(torch.stack([to_tensor(picture) for picture in pictures])).mean()), 4)
         errors = [round(standard_error(rate, len(prompts)), 4) for rate in (first, five)]
-        row = {"guidance_scale": scale, "top1": first, "top5": five, "standard_errors": errors}
-        row |= {"seconds": round(seconds, 1), "style": style}
-        results.append({**row, "ranks": dict(zip(captions, ranks.tolist(), strict=True))})
-        print(
-            f"| {scale:g} | {first:.3f} | {five:.3f} | {errors[0]:.3f}, {errors[1]:.3f} | {seconds:.0f} |"
-            f" {'-' if style is None else style} |",
-            flush=True,
-        )
+        row = {"guidance_scale": scale, "top1": first, "top5": five, "standard_errors": errors, "style": style}
+        results.append({**row, "seconds": round(seconds, 1), "ranks": dict(zip(captions, ranks.tolist(), strict=True))})
+        told = f"| {scale:g} | {first:.3f} | {five:.3f} | {errors[0]:.3f}, {errors[1]:.3f} | {seconds:.0f} |"
+        print(f"{told} {'-' if style is None else style} |", flush=True)
         save_picture(make_grid(pictures, 20), args.output / f"pictures-{scale:g}.png")
         write_results(args.output, device, {**facts, "results": results}, began)
     plot_rates(results, args.output / "guidance.png", f"{len(prompts)} prompts, {len(records)} drawings")
@@ -273,9 +289,8 @@ def run_sheet(args: argparse.Namespace, device: torch.device) -> None:
     path = args.output / "sheet.png"
     save_picture(make_grid(pictures, 8, labels=captions), path)
     scale = args.guidance_scale or pipe.defaults.guidance_scale or 7.5
-    write_results(
-        args.output, device, {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}, began
-    )
+    facts = {**drawing_facts(args, pipe), "guidance_scale": scale, "prompts": prompts}
+    write_results(args.output, device, facts, began)
     print(path)
 
 
@@ -286,21 +301,10 @@ def run_likeness(args: argparse.Namespace, device: torch.device) -> None:
     rows = asked(records, args.num_prompts)
     prompts = read_prompts(args, records, rows)
     drawn = draw(pipe, prompts * 2, args, args.guidance_scale)  # a prompt that comes again is drawn from another seed
-    pictures = torch.stack([to_tensor(picture) for picture in drawn])
-    side = pictures.shape[-1]
-    drawings = torch.cat(list(image_batches(records, side, args.batch_size, "drawings")))
-    wanted = drawings[rows].to(device)
-    rebuilt = torch.cat([pipe.autoencoder.decode(pipe.autoencoder.encode(part)) for part in wanted.split(20)])
-    rebuilt = rebuilt.detach().clamp(-1, 1).cpu()
-    first, second = pictures.chunk(2)
-    found = {name: round(value, 4) for name, value in vars(memorisation(first, second, drawings)).items()}
-    found["rebuilt_to_drawing"] = round(memorisation(rebuilt, rebuilt, drawings).to_drawing, 4)
-    found["sharpness"] = round(sharpness(first, rebuilt), 4)
-    if args.image_tower:
-        features = ImageTower.from_pretrained(args.image_tower).features
-        with torch.no_grad():
-            for name, shown in (("perceptual", first), ("perceptual_rebuilt", rebuilt)):
-                found[name] = round(float(perceptual_distance(features, drawings[rows], shown).mean()), 4)
+    first, second = torch.stack([to_tensor(picture) for picture in drawn]).chunk(2)
+    drawings = torch.cat(list(image_batches(records, first.shape[-1], args.batch_size, "drawings")))
+    features = ImageTower.from_pretrained(args.image_tower).features if args.image_tower else None
+    found = report_likeness(first, second, drawings, rows, pipe.autoencoder, features)
     print("\n".join(f"{name}: {value}" for name, value in found.items()))
     write_results(args.output, device, {**drawing_facts(args, pipe), "prompts": prompts, "results": found}, began)
 

@@ -9,7 +9,7 @@ output folder, and the retrieval accuracy on the training drawings.
     python scripts/train_clip.py --output_dir runs/text --data.train_data_dir my_pictures --data.caption_column text
 
 A second phase (`--sketch_steps`, configs/emoji/sketch.yaml) teaches the text encoder to predict the latents of the
-drawing (`ldm_pipe.training.tasks.sketch`); with `--init_from` it starts from a trained encoder and writes no CLIP.
+drawing, see `ldm_pipe.training.tasks.sketch`; with `--init_from` it starts from a trained one and writes no CLIP.
 """
 
 from __future__ import annotations

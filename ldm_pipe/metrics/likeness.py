@@ -1,15 +1,18 @@
 """Does a model repeat its training drawings, and are its pictures as sharp as its autoencoder allows?
 
-Pictures, reference drawings and reconstructions enter; numbers leave. This file knows no model and no files.
+Pictures, reference drawings and an autoencoder enter; numbers leave. This file knows no text and no files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from autoencoder import Autoencoder
+from autoencoder.losses import Features, perceptual_distance
 from ldm_pipe.pretrained import LdmPipeError
 
 COPY = 0.5  # of the usual distance between a drawing and its nearest neighbour
@@ -82,3 +85,34 @@ def sharpness(pictures: Tensor, reconstructions: Tensor) -> float:
         reconstructions: of the drawings asked for, by the model's autoencoder, shape (R, 3, H, W).
     """
     return float(fine_detail(pictures).mean() / fine_detail(reconstructions).mean())
+
+
+@torch.no_grad()
+def report_likeness(
+    pictures: Tensor,
+    other_seed: Tensor,
+    drawings: Tensor,
+    rows: Sequence[int],
+    autoencoder: Autoencoder,
+    features: Features | None = None,
+) -> dict[str, float]:
+    """Measure memorisation and sharpness of pictures that were drawn for the captions of training drawings.
+
+    Args:
+        pictures, other_seed, drawings: as for `memorisation`.
+        rows: which of the drawings were asked for, P numbers.
+        autoencoder: of the model; its reconstructions of these drawings are what pictures can be at best.
+        features: of the perceptual distance to the drawing asked for; None leaves it out.
+    Returns: the fields of `Memorisation`, the distance of a reconstruction to the nearest drawing, `sharpness`, and
+        with features both perceptual distances; rounded to four places.
+    """
+    wanted = drawings[list(rows)]
+    parts = [autoencoder.decode(autoencoder.encode(part.to(autoencoder.device))) for part in wanted.split(20)]
+    rebuilt = torch.cat(parts).clamp(-1, 1).cpu()
+    found: dict[str, float] = asdict(memorisation(pictures, other_seed, drawings))
+    found["rebuilt_to_drawing"] = memorisation(rebuilt, rebuilt, drawings).to_drawing
+    found["sharpness"] = sharpness(pictures, rebuilt)
+    if features is not None:
+        found["perceptual"] = float(perceptual_distance(features, wanted, pictures).mean())
+        found["perceptual_rebuilt"] = float(perceptual_distance(features, wanted, rebuilt).mean())
+    return {name: round(value, 4) for name, value in found.items()}

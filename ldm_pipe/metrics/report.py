@@ -1,6 +1,7 @@
-"""What an evaluation leaves behind: `results.json` with everything needed to measure again, and pictures.
+"""What an evaluation reads and leaves behind: batches of drawings; `results.json` with everything needed to measure
+again, and pictures.
 
-Facts and pictures enter; files leave, each whole or not at all.
+Records, facts and pictures enter; batches and files leave, each file whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
+from ldm_pipe.data.dataset import Records
+from ldm_pipe.data.images import resize, to_tensor
 from ldm_pipe.masking import masked
 from ldm_pipe.pretrained import atomic_write
 from ldm_pipe.training.run.environment import git_commit, hardware
@@ -59,3 +65,12 @@ def plot_rates(results: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     atomic_write(path, figure_png(figure, dpi=120, bbox_inches="tight"))
+
+
+def image_batches(records: Records, resolution: int, batch_size: int, name: str) -> Iterator[Tensor]:
+    """Yield all pictures of a set in order, (B, 3, R, R), behind a progress bar."""
+    with tqdm(total=len(records), desc=name) as bar:
+        for first in range(0, len(records), batch_size):
+            rows = range(first, min(first + batch_size, len(records)))
+            yield torch.stack([to_tensor(resize(records.image(row), resolution)) for row in rows])
+            bar.update(len(rows))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from conditioning import CLIPTextEncoder, ClipTokenizer
 from conditioning.contrastive import contrastive_loss
 from ldm_pipe.pretrained import LdmPipeError
-from ldm_pipe.training.run.rng import generator, key_seed
+from ldm_pipe.training.run.rng import key_seed
 
 PATCH = 4
 
@@ -47,7 +47,9 @@ class SketchHead(nn.Module):
         if height % PATCH or across % PATCH or not 1 <= self.num <= max_length // 2:
             what = f"latents of {height}x{across} for {max_length} positions"
             raise LdmPipeError(what, "sketch", "Use sides in multiples of 4, and at most half as many patches.")
-        self.linear = nn.Linear(width, channels * PATCH * PATCH)
+        self.linear = nn.utils.skip_init(nn.Linear, width, channels * PATCH * PATCH)  # draws nothing
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
         self.mean: Tensor
         self.register_buffer("mean", patches(latents).mean(dim=0))
 
@@ -102,9 +104,9 @@ def train_sketch(
     Returns: the head, with which `measure_sketch` looks at the tower.
     Raises: LdmPipeError for a loss that is not finite.
     """
-    with torch.random.fork_rng():
-        torch.default_generator.set_state(generator(settings.seed, "init", "sketch head").get_state())
-        head = SketchHead(latents, encoder.config.hidden_size, encoder.max_length)
+    head = SketchHead(latents, encoder.config.hidden_size, encoder.max_length)
+    at_start = torch.Generator().manual_seed(key_seed(settings.seed, "sketch head"))
+    nn.init.normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5, generator=at_start)
     log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
     parts = [*encoder.parameters(), *head.parameters()]
     groups = [
@@ -112,10 +114,10 @@ def train_sketch(
         {"params": [*(p for p in parts if p.ndim <= 1), log_scale], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-    draw = torch.Generator().manual_seed(key_seed(settings.seed, "sketch rows"))
+    generator = torch.Generator().manual_seed(key_seed(settings.seed, "sketch rows"))
     progress = tqdm(range(settings.num_steps), desc="sketch", mininterval=5)
     for step in progress:
-        rows = torch.multinomial(weights, settings.batch_size, generator=draw)
+        rows = torch.multinomial(weights, settings.batch_size, generator=generator)
         predicted = head(hidden_states(encoder, tokenizer, [caption(row) for row in rows.tolist()]))
         target = head.target(latents[rows])
         square = (predicted - target).square().mean()

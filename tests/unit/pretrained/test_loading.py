@@ -366,7 +366,7 @@ def test_the_device_is_where_the_weights_are_read_to(monkeypatch: pytest.MonkeyP
         seen.append(torch.device(device))
         return load_tensors(path, **target)
 
-    monkeypatch.setattr("ldm_pipe.pretrained.files.load_tensors", listen)
+    monkeypatch.setattr("ldm_pipe.pretrained.weights.load_tensors", listen)
     monkeypatch.setattr("ldm_pipe.pipelines.latent.read_device", torch.device)  # this machine need not have it
     LatentDiffusionPipeline.from_pretrained(TINY, device="cuda:1")
     assert seen == [torch.device("cuda:1")] * 3

@@ -66,9 +66,11 @@ def test_the_head_reads_the_last_positions_of_what_the_u_net_is_shown() -> None:
     assert shown.tokens is not None
     assert torch.equal(shown.tokens, hidden)
     head = SketchHead(latents(), 48, 24)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(0))
     changed = hidden.clone()
     changed[:, :18] += 1  # six patches: positions 18 to 23
     assert torch.equal(head(changed), head(hidden))
+    assert not torch.equal(head(hidden + torch.linspace(0, 1, 48)), head(hidden))
 
 
 @pytest.mark.parametrize("shape", [(6, 2, 8, 10), (6, 2, 6, 8), (6, 2, 16, 16)])
