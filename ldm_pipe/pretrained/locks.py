@@ -11,12 +11,14 @@ import errno
 import json
 import os
 import socket
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from ldm_pipe.pretrained.files import LdmPipeError
 
+_TRIES, _PAUSE = 50, 0.02  # seconds
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -120,20 +122,37 @@ class FileLock:
     def _take_by_name(self, words: dict[str, Any]) -> None:
         """Take the lock without the kernel's help: the file appears with its words, by a link, or not at all."""
         mine = self.path.with_name(f"{self.path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        guard = self.path.with_name(self.path.name + ".taking")
         mine.write_text(json.dumps(words), encoding="utf-8")
         try:
-            for _ in range(3):
+            for _ in range(_TRIES):
                 with contextlib.suppress(FileExistsError):
                     _link(mine, self.path)
                     return
                 self._refuse_living(by_kernel=False)
-                with contextlib.suppress(OSError):  # moved aside first: of two that find it stale, one gets it
-                    stale = mine.with_name(mine.name + ".stale")
-                    os.replace(self.path, stale)
-                    stale.unlink()
-            raise self._held({})
+                try:
+                    _link(mine, guard)
+                except FileExistsError:  # another process looks whether it is stale
+                    time.sleep(_PAUSE)
+                    continue
+                try:
+                    self._remove_stale()
+                finally:
+                    guard.unlink(missing_ok=True)
+            fix = "If no other process does, delete this file."
+            raise LdmPipeError("another process takes over a stale lock", str(guard), fix)
         finally:
             mine.unlink(missing_ok=True)
+
+    def _remove_stale(self) -> None:
+        """Remove the file if its holder is dead. Only who holds the guard does it, so that it is the file judged.
+
+        One that was released meanwhile is left alone: another process may have made its own under the name.
+        """
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            self._refuse_living(by_kernel=False)
+            if _is_file(self.path, file.fileno()):
+                self.path.unlink()
 
     def release(self) -> None:
         """Give it free; the file goes while it is still held, so that nobody else's is removed."""
