@@ -54,18 +54,27 @@ def composed(
     every = type(conds[0]).cat([uncond, *conds])
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        times = t.repeat(num + 1) if t.ndim else t
-        outputs = denoiser.predict(x_t.repeat(num + 1, *[1] * (x_t.ndim - 1)), times, every)
-        without, *given = outputs.chunk(num + 1)
+        without, *given = evaluate(denoiser, x_t, t, every, num + 1)
         channels = x_t.shape[1]  # further ones are of the variance
         base = without[:, :channels]
-        parts = torch.stack([value[:, :channels] - base for value in given])  # (K, B, C, *)
-        factors = weights.to(parts).reshape(num, -1, *[1] * (x_t.ndim - 1))
-        out = base + scale * (factors * parts).sum(dim=0)
+        out = base + scale * weighted_sum(base, [value[:, :channels] for value in given], weights)
         if rescale > 0:
             out = rescale_std(out, given[0][:, :channels], rescale)
-        if outputs.shape[1] > channels:
+        if without.shape[1] > channels:
             out = torch.cat([out, given[0][:, channels:]], dim=1)
         return denoiser.to_denoised(out, x_t, t)
 
     return denoise
+
+
+def evaluate(denoiser: Denoiser, x_t: Tensor, t: Tensor, every: ConditionLike, num: int) -> Sequence[Tensor]:
+    """Run the network once for `num` conditions joined along the batch; return the output of each."""
+    times = t.repeat(num) if t.ndim else t
+    return denoiser.predict(x_t.repeat(num, *[1] * (x_t.ndim - 1)), times, every).chunk(num)
+
+
+def weighted_sum(base: Tensor, parts: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return sum_k weight_k (part_k - base), shape (B, *), for weights (K, B)."""
+    differences = torch.stack([part - base for part in parts])  # (K, B, *)
+    factors = weights.to(differences).reshape(len(parts), -1, *[1] * (base.ndim - 1))
+    return (factors * differences).sum(dim=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm_pipe.denoiser import ConditionLike, Denoise, Denoised, Denoiser
 from ldm_pipe.guidance.classifier_free import rescale_std
+from ldm_pipe.guidance.composed import evaluate, weighted_sum
 from ldm_pipe.guidance.scale import NoiseLevel, Scale, scale_at
 from ldm_pipe.pretrained import LdmPipeError
 
@@ -58,10 +59,12 @@ def pair(start: Callable[[], Combine], scale: Scale, *, space: Space = "predicti
                     "guidance",
                     "give one, or use scale 1 (conditional)",
                 )
-            without, *parts = _evaluate(denoiser, x_t, t, every, 1 + len(conds))
+            without, *parts = evaluate(denoiser, x_t, t, every, 1 + len(conds))
             num = x_t.shape[1]  # further channels are of the variance
             base = without[:, :num]
-            given = parts[0][:, :num] if plain else _join(base, [part[:, :num] for part in parts], weights)
+            given = (
+                parts[0][:, :num] if plain else base + weighted_sum(base, [part[:, :num] for part in parts], weights)
+            )
             if space == "x0":
                 ends = (denoiser.to_denoised(value, x_t, t).x0 for value in (given, base))
                 return Denoised(combine(*ends, w), denoiser.to_denoised(parts[0], x_t, t).var_mix)
@@ -81,19 +84,6 @@ def noise_level(denoiser: Denoiser, t: Tensor) -> NoiseLevel:
     alpha, sigma = (float(level) for level in denoiser.schedule.alpha_sigma(first))
     last = float(denoiser.schedule.t_range[1])
     return NoiseLevel(float(first), float(first) / last, sigma / alpha if alpha > 0 else float("inf"))
-
-
-def _evaluate(denoiser: Denoiser, x_t: Tensor, t: Tensor, every: ConditionLike, num: int) -> Sequence[Tensor]:
-    """Run the network once for `num` conditions joined along the batch."""
-    times = t.repeat(num) if t.ndim else t
-    return denoiser.predict(x_t.repeat(num, *[1] * (x_t.ndim - 1)), times, every).chunk(num)
-
-
-def _join(base: Tensor, parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return base + sum_k weight_k (part_k - base), shape (B, *)."""
-    differences = torch.stack(list(parts)) - base  # (K, B, *)
-    factors = weights.to(differences).reshape(len(parts), -1, *[1] * (base.ndim - 1))
-    return base + (factors * differences).sum(dim=0)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
