@@ -15,7 +15,6 @@ drawing, see `ldm_pipe.training.tasks.sketch`; with `--init_from` it starts from
 from __future__ import annotations
 
 import io
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from ldm_pipe.training.run.config import DataConfig, StrictModel, dump_config, p
 from ldm_pipe.training.run.rng import key_seed
 from ldm_pipe.training.tasks.pictures import open_records
 from ldm_pipe.training.tasks.sketch import SketchHead, SketchSettings, measure_sketch, train_sketch
+from ldm_pipe.training.tasks.tower import TowerUpdate
 
 VARIANTS = ("is_skin_tone_variant", "is_gender_variant", "is_flag")
 
@@ -185,13 +185,13 @@ def train(
     config: ClipConfig, data: Drawings, tokenizer: ClipTokenizer, encoder: CLIPTextEncoder, tower: ImageTower
 ) -> None:
     """Run AdamW with warm-up and cosine decay on the contrastive loss."""
-    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-    weights = [*encoder.parameters(), *tower.parameters()]
-    groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [*(p for p in weights if p.ndim <= 1), log_scale], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    update = TowerUpdate(
+        [*encoder.parameters(), *tower.parameters()],
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        num_warmup=config.lr_warmup_steps,
+        num_steps=config.max_train_steps,
+    )
     generator = torch.Generator().manual_seed(key_seed(config.seed, "clip"))
     rng = random.Random(key_seed(config.seed, "captions"))
     row_weight = row_weights(data.concepts, data.plain, config.variant_weight)
@@ -201,20 +201,9 @@ def train(
         captions = [mix_caption(data.names[row], data.keywords[row], rng) for row in rows.tolist()]
         images = shifted(data.images[rows], config.max_shift, generator)
         texts = text_vectors(encoder, trimmed_ids(tokenizer, captions))
-        loss = contrastive_loss(tower(images), texts, log_scale, data.concepts[rows])
-        if not torch.isfinite(loss):
-            raise LdmPipeError(f"the loss is {loss.item()} at step {step}", "training", "Lower the learning rate.")
-        rate = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
-        rate *= 0.5 * (1 + math.cos(math.pi * step / config.max_train_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            log_scale.clamp_(max=math.log(100))  # as CLIP's authors do
-        progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{log_scale.exp().item():.1f}")
+        loss = contrastive_loss(tower(images), texts, update.log_scale, data.concepts[rows])
+        update(loss, step)
+        progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{update.log_scale.exp().item():.1f}")
 
 
 @torch.no_grad()

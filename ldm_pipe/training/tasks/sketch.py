@@ -7,7 +7,6 @@ attention is causal, so that the last positions see the whole caption, and the U
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from conditioning import CLIPTextEncoder, ClipTokenizer
 from conditioning.contrastive import contrastive_loss
 from ldm_pipe.pretrained import LdmPipeError
 from ldm_pipe.training.run.rng import key_seed
+from ldm_pipe.training.tasks.tower import TowerUpdate
 
 PATCH = 4
 
@@ -107,13 +107,13 @@ def train_sketch(
     head = SketchHead(latents, encoder.config.hidden_size, encoder.max_length)
     at_start = torch.Generator().manual_seed(key_seed(settings.seed, "sketch head"))
     nn.init.normal_(head.linear.weight, std=encoder.config.hidden_size**-0.5, generator=at_start)
-    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-    parts = [*encoder.parameters(), *head.parameters()]
-    groups = [
-        {"params": [p for p in parts if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [*(p for p in parts if p.ndim <= 1), log_scale], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+    update = TowerUpdate(
+        [*encoder.parameters(), *head.parameters()],
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        num_warmup=settings.lr_warmup_steps,
+        num_steps=settings.num_steps,
+    )
     generator = torch.Generator().manual_seed(key_seed(settings.seed, "sketch rows"))
     progress = tqdm(range(settings.num_steps), desc="sketch", mininterval=5)
     for step in progress:
@@ -121,20 +121,9 @@ def train_sketch(
         predicted = head(hidden_states(encoder, tokenizer, [caption(row) for row in rows.tolist()]))
         target = head.target(latents[rows])
         square = (predicted - target).square().mean()
-        apart = contrastive_loss(target.flatten(1), predicted.flatten(1), log_scale, concepts[rows])
+        apart = contrastive_loss(target.flatten(1), predicted.flatten(1), update.log_scale, concepts[rows])
         loss = square + settings.contrastive_weight * apart
-        if not torch.isfinite(loss):
-            raise LdmPipeError(f"the loss is {loss.item()} at step {step}", "training", "Lower the learning rate.")
-        rate = min(1.0, (step + 1) / max(settings.lr_warmup_steps, 1))
-        rate *= 0.5 * (1 + math.cos(math.pi * step / settings.num_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parts, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            log_scale.clamp_(max=math.log(100))
+        update(loss, step)
         progress.set_postfix(square=f"{square.item():.4f}", apart=f"{apart.item():.3f}", refresh=False)
         save(step + 1)
     return head
