@@ -318,13 +318,13 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all.
+def save_picture(image: Image.Image, path: Path, *, optimize: bool = False) -> None:
+    """Write a PNG whole or not at all; `optimize` takes longer for a smaller file.
 
     Raises: LdmPipeError naming the path if it cannot be written.
     """
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", optimize=optimize)
     atomic_write(path, buffer.getvalue())
 
 

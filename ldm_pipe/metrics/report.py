@@ -6,7 +6,6 @@ Records, facts and pictures enter; batches and files leave, each file whole or n
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import sys
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_pipe.data import images
 from ldm_pipe.data.dataset import Records
 from ldm_pipe.data.images import resize, to_tensor
 from ldm_pipe.masking import masked
@@ -49,10 +49,8 @@ def write_results(folder: Path, device: torch.device, facts: dict[str, Any], beg
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    atomic_write(path, buffer.getvalue())
+    """Write a small PNG, as those in docs/images are."""
+    images.save_picture(picture, path, optimize=True)
 
 
 def plot_rates(results: list[dict[str, Any]], path: Path, title: str) -> None:

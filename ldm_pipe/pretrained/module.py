@@ -19,36 +19,13 @@ from torch.overrides import TorchFunctionMode
 from ldm_pipe.pretrained.files import (
     LdmPipeError,
     atomic_write,
-    check_links,
     first_ten,
     is_finite,
-    load_tensors,
     read_json,
-    read_metadata,
     refuse_nonfinite,
-    safe_child,
     save_tensors,
-    sync_folder,
 )
 from ldm_pipe.pretrained.weights import load_folder_tensors
-
-__all__ = [
-    "FrozenConfig",
-    "LdmPipeError",
-    "PretrainedModule",
-    "atomic_write",
-    "check_links",
-    "check_sizes",
-    "check_tensors",
-    "load_folder_tensors",
-    "load_tensors",
-    "read_json",
-    "read_metadata",
-    "resolve_folder",
-    "safe_child",
-    "save_tensors",
-    "sync_folder",
-]
 
 ModuleT = TypeVar("ModuleT", bound="PretrainedModule")
 

@@ -151,6 +151,15 @@ def test_wrong_options_leave_nothing_behind(
     assert list(folder.iterdir()) == []
 
 
+def test_no_steps_are_refused_by_the_parser_and_leave_nothing(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Before torch is imported, with the exit code of all wrong options."""
+    with pytest.raises(SystemExit) as stopped:
+        draw("generate", "red apple", "-o", "a.png", "--num-inference-steps", "0")
+    assert stopped.value.code == 2
+    assert "--num-inference-steps" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
 def test_unreadable_picture_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "bad.png").write_text("<html>not found</html>", encoding="utf-8")
     assert draw("img2img", "x", "--image", "bad.png", "-o", "a.png") == 2

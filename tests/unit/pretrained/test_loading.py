@@ -23,9 +23,8 @@ from ldm_pipe.cli import main
 from ldm_pipe.interop.pickles import checkpoint
 from ldm_pipe.interop.pickles.convert import convert_folder, safe_name
 from ldm_pipe.networks import UNet
-from ldm_pipe.pretrained import LdmPipeError, load_tensors, read_json, save_tensors
+from ldm_pipe.pretrained import LdmPipeError, load_folder_tensors, load_tensors, read_json, save_tensors
 from ldm_pipe.pretrained.files import check_links, safe_child
-from ldm_pipe.pretrained.weights import load_folder_tensors
 from tests.single_files import make_folder
 from tests.source import ROOT
 
