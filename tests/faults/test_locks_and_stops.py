@@ -268,6 +268,7 @@ def hang_up() -> Iterator[None]:
 def test_a_hang_up_is_a_wish_and_not_the_first_of_two(hang_up: None) -> None:
     process = os.fork()
     if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         stop = StopSignal()
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):  # a launcher sends the last
             os.kill(os.getpid(), number)
