@@ -87,6 +87,8 @@ def main(argv: list[str]) -> None:
             axis.errorbar(NUMBERS, mean, spread, marker="o", markersize=3, capsize=2, label=name)
             print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in mean.tolist()) + " |", flush=True)
         axis.set(xscale="log", xlabel="N in each half")
+        axis.set_xticks(NUMBERS, [str(num) for num in NUMBERS])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set(title="distances, as a share of that between two styles")
